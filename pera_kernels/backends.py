@@ -1,0 +1,84 @@
+"""Backend names, what each can run, and why one is unavailable."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from types import ModuleType
+
+import torch
+
+__all__ = ["BACKENDS", "BACKEND_DTYPES", "implementation", "resolve", "unavailable"]
+
+BACKENDS = ("auto", "triton", "torch", "reference")
+PLANS = ("auto", "factored", "composed")
+
+_HALF_AND_SINGLE = (torch.float32, torch.bfloat16, torch.float16)
+BACKEND_DTYPES: dict[str, tuple[torch.dtype, ...]] = {
+    "triton": _HALF_AND_SINGLE,
+    "torch": (*_HALF_AND_SINGLE, torch.float64),
+    "reference": (*_HALF_AND_SINGLE, torch.float64),
+}
+
+
+def check_backend(backend: str) -> None:
+    if backend not in BACKENDS:
+        raise ValueError(
+            f"backend must be one of {', '.join(map(repr, BACKENDS))}; got {backend!r}"
+        )
+
+
+def check_plan(plan: str) -> None:
+    if plan not in PLANS:
+        raise ValueError(f"plan must be one of {', '.join(map(repr, PLANS))}; got {plan!r}")
+
+
+def interpreting() -> bool:
+    """Whether Triton was told to interpret kernels, which lets them run on CPU tensors."""
+    return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes", "y")
+
+
+def unavailable(
+    backend: str, device: torch.device, dtypes: tuple[torch.dtype, ...] = ()
+) -> str | None:
+    """Why ``backend`` cannot run on ``device`` with operands of ``dtypes``; None if it can."""
+    for dtype in dtypes:
+        if dtype not in BACKEND_DTYPES[backend]:
+            known = ", ".join(str(d).removeprefix("torch.") for d in BACKEND_DTYPES[backend])
+            return f"it computes in {known}, not in {str(dtype).removeprefix('torch.')}"
+    if backend != "triton":
+        return None
+    if importlib.util.find_spec("triton") is None:
+        return "the triton package is not installed"
+    if device.type == "cpu" and not interpreting():
+        return "tensors on cpu need Triton's interpreter: set TRITON_INTERPRET=1 before the import"
+    if device.type not in ("cpu", "cuda"):
+        return f"it runs on cuda (NVIDIA or ROCm) devices, not on {device.type}"
+    return None
+
+
+def resolve(backend: str, device: torch.device, dtypes: tuple[torch.dtype, ...]) -> str:
+    """The backend to use: "auto" is Triton for GPU tensors it can compute with, else PyTorch.
+
+    Raises:
+        ValueError: an unknown name, or a named backend that cannot run, with the reason.
+    """
+    check_backend(backend)
+    if backend == "auto":
+        on_gpu = device.type == "cuda"
+        return "triton" if on_gpu and unavailable("triton", device, dtypes) is None else "torch"
+    reason = unavailable(backend, device, dtypes)
+    if reason is not None:
+        raise ValueError(f"backend={backend!r} cannot run here: {reason}")
+    return backend
+
+
+def implementation(backend: str) -> ModuleType:
+    """The module with the forward and backward functions of a resolved backend."""
+    if backend == "triton":
+        from . import ops
+
+        return ops
+    from . import lean
+
+    return lean

@@ -1,0 +1,98 @@
+import triton
+import triton.language as tl
+
+from .common import (
+    dot,
+    keep_tile,
+    load_coefficients,
+    load_phi,
+    overflow_as,
+    pair_lanes,
+    round_to,
+    row_keys,
+)
+
+
+@triton.jit
+def accumulate_kernel(
+    base_ptr,
+    u_ptr,
+    f_ptr,
+    h_ptr,
+    seed_ptr,
+    y_ptr,
+    scale,
+    drop_threshold,
+    keep_scale,
+    T,
+    M,
+    K,
+    stride_base_t,
+    stride_u_t,
+    stride_f_r,
+    stride_f_m,
+    stride_y_t,
+    R: tl.constexpr,
+    TERMS: tl.constexpr,
+    HAS_BASE: tl.constexpr,
+    HAS_DROPOUT: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """y = base + s · u (c ∘ φ(f)); with dropout the update is masked and rescaled (the backward's dx).
+
+    u (T, K) in circular order, f (R, M), base and y (T, M), which may be the same memory. Accumulates in
+    float32; c ∘ φ is formed in float32 and rounded once to the dtype of u; y is rounded once.
+    """
+    tiles_m = tl.cdiv(M, BLOCK_M)
+    block_t = tl.program_id(0) // tiles_m
+    block_m = tl.program_id(0) % tiles_m
+
+    offs_t = block_t.to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
+    offs_m = block_m.to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+    mask_t = offs_t < T
+    mask_m = offs_m < M
+    mask = mask_t[:, None] & mask_m[None, :]
+
+    acc = tl.zeros((BLOCK_T, BLOCK_M), tl.float32)
+    for start in range(0, K, BLOCK_K):
+        offs_k = start + tl.arange(0, BLOCK_K)
+        mask_k = offs_k < K
+        i, j, is_pair = pair_lanes(offs_k, R, TERMS)
+        u = tl.load(
+            u_ptr + offs_t[:, None] * stride_u_t + offs_k[None, :],
+            mask=mask_t[:, None] & mask_k[None, :],
+            other=0.0,
+        )
+        phi = load_phi(
+            f_ptr,
+            i[:, None],
+            j[:, None],
+            is_pair[:, None],
+            offs_m[None, :],
+            stride_f_r,
+            stride_f_m,
+            mask_k[:, None] & mask_m[None, :],
+            TERMS,
+        )
+        phi *= load_coefficients(h_ptr, i, j, is_pair, mask_k, R, TERMS)[:, None]
+        acc = dot(u, round_to(phi, u.dtype), acc, PRECISION)
+
+    # In float16 the specification rounds the product before it is scaled: keep its infinities.
+    acc = overflow_as(overflow_as(acc, u_ptr.dtype.element_ty) * scale, u_ptr.dtype.element_ty)
+    if HAS_DROPOUT:
+        key_0, key_1 = row_keys(seed_ptr, offs_t)
+        keep = keep_tile(key_0[:, None], key_1[:, None], offs_m[None, :], drop_threshold)
+        acc = tl.where(keep, acc * keep_scale, 0.0)
+    if HAS_BASE:
+        base = tl.load(
+            base_ptr + offs_t[:, None] * stride_base_t + offs_m[None, :], mask=mask, other=0.0
+        )
+        acc += base.to(tl.float32)
+    tl.store(
+        y_ptr + offs_t[:, None] * stride_y_t + offs_m[None, :],
+        round_to(acc, y_ptr.dtype.element_ty),
+        mask=mask,
+    )

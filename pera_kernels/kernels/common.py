@@ -1,0 +1,123 @@
+"""Tile helpers shared by the kernels: pair lanes, coefficients, φ tiles, the dropout hash.
+
+A lane ``k`` of the expanded rank stands in circular order (see ``pera_kernels.terms``): ``R`` linear lanes,
+then ``R`` lanes per circular offset. Factor row and partner follow from ``k`` by arithmetic: no index table.
+"""
+
+import triton
+import triton.language as tl
+
+from ..backends import interpreting
+from ..dropout import HASH_BITS, MULTIPLY_1, MULTIPLY_2, ROW_STEP
+
+_MULTIPLY_1 = tl.constexpr(MULTIPLY_1)
+_MULTIPLY_2 = tl.constexpr(MULTIPLY_2)
+_ROW_STEP = tl.constexpr(ROW_STEP)
+_HASH_SHIFT = tl.constexpr(32 - HASH_BITS)
+_INTERPRETING = tl.constexpr(interpreting())
+
+
+@triton.jit
+def dot(a, b, acc, PRECISION: tl.constexpr):
+    """acc + a b in float32. The interpreter takes bfloat16 for integers: it gets exact float32 copies."""
+    if _INTERPRETING:
+        a = a.to(tl.float32)
+        b = b.to(tl.float32)
+    return tl.dot(a, b, acc, input_precision=PRECISION)
+
+
+@triton.jit
+def round_to(x, dtype: tl.constexpr):
+    """float32 rounded to nearest even in ``dtype``. The interpreter would truncate to bfloat16."""
+    if _INTERPRETING and dtype == tl.bfloat16:
+        bits = x.to(tl.uint32, bitcast=True)
+        bits = (bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000
+        x = tl.where(x == x, bits.to(tl.float32, bitcast=True), x)
+    return x.to(dtype)
+
+
+@triton.jit
+def pair_lanes(offs_k, R: tl.constexpr, TERMS: tl.constexpr):
+    """Lane k -> (i, j, is_pair): φ[k] = f_i, or f_i ∘ f_j where is_pair."""
+    block = offs_k // R
+    i = offs_k % R
+    is_pair = block > 0
+    if TERMS == "cross":
+        j = (i + block) % R
+    else:
+        j = (i + tl.maximum(block - 1, 0)) % R
+    return i, j, is_pair
+
+
+@triton.jit
+def coefficient_index(i, j, R: tl.constexpr, TERMS: tl.constexpr):
+    """The position of the pair {i, j} in the public (row-major upper-triangular) order of h."""
+    low = tl.minimum(i, j)
+    high = tl.maximum(i, j)
+    if TERMS == "square":
+        index = low
+    elif TERMS == "cross":
+        index = low * (2 * R - low - 1) // 2 + high - low - 1
+    else:
+        index = low * (2 * R - low + 1) // 2 + high - low
+    return index
+
+
+@triton.jit
+def load_coefficients(h_ptr, i, j, is_pair, mask_k, R: tl.constexpr, TERMS: tl.constexpr):
+    """c in float32: one on linear lanes, h on pair lanes."""
+    if TERMS == "linear":
+        c = tl.full(i.shape, 1.0, tl.float32)
+    else:
+        index = coefficient_index(i, j, R, TERMS)
+        c = tl.load(h_ptr + index, mask=mask_k & is_pair, other=1.0).to(tl.float32)
+    return c
+
+
+@triton.jit
+def load_phi(f_ptr, i, j, is_pair, offs, stride_f_r, stride_f_n, mask, TERMS: tl.constexpr):
+    """A tile of φ(f) in float32, zero outside the mask; the shapes of i and offs broadcast."""
+    phi = tl.load(f_ptr + i * stride_f_r + offs * stride_f_n, mask=mask, other=0.0).to(tl.float32)
+    if TERMS != "linear":
+        partner = tl.load(
+            f_ptr + j * stride_f_r + offs * stride_f_n, mask=mask & is_pair, other=1.0
+        )
+        phi = phi * partner.to(tl.float32)
+    return phi
+
+
+@triton.jit
+def overflow_as(x, dtype: tl.constexpr):
+    """A float32 tile with infinities where ``dtype`` would overflow, else unrounded."""
+    if dtype == tl.float16:
+        rounded = round_to(x, tl.float16).to(tl.float32)
+        x = tl.where(tl.abs(rounded) == float("inf"), rounded, x)
+    return x
+
+
+@triton.jit
+def _mix(x):
+    x = (x ^ (x >> 16)) * _MULTIPLY_1
+    x = (x ^ (x >> 15)) * _MULTIPLY_2
+    return x ^ (x >> 16)
+
+
+@triton.jit
+def row_keys(seed_ptr, offs_t):
+    """The two key words of each row of the dropout mask, uint32; offs_t is int64."""
+    seed = tl.load(seed_ptr)
+    low = offs_t.to(tl.uint32)
+    high = (offs_t >> 32).to(tl.uint32)
+    key_0 = _mix(_mix(low ^ seed.to(tl.uint32)) + high)
+    key_1 = _mix(_mix(low * _ROW_STEP + (seed >> 32).to(tl.uint32)) ^ key_0)
+    return key_0, key_1
+
+
+@triton.jit
+def keep_tile(key_0, key_1, offs_n, threshold):
+    """Which elements survive dropout: the bits of ``pera_kernels.dropout.keep_mask``."""
+    x = offs_n.to(tl.uint32) ^ key_0
+    x = ((x ^ (x >> 16)) * _MULTIPLY_1) ^ key_1
+    x = (x ^ (x >> 15)) * _MULTIPLY_2
+    x = x ^ (x >> 16)
+    return (x >> _HASH_SHIFT).to(tl.int32) >= threshold

@@ -1,0 +1,416 @@
+"""``PeraLinear``: a drop-in for ``nn.Linear`` with a frozen base and a trainable PERA adapter."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Iterator
+from numbers import Real
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from . import functional, reference
+from .backends import check_backend, check_plan, resolve
+from .functional import FLOATING, check_dropout
+from .terms import Terms, check_rank, check_terms, coefficient_count
+
+__all__ = ["PeraLinear"]
+
+INITS = ("kaiming", "gaussian")
+
+
+def check_adapter_options(
+    r: int,
+    alpha: float | None,
+    terms: Terms,
+    dropout: float,
+    init: str,
+    adapter_dtype: torch.dtype | None,
+    backend: str,
+    plan: str,
+) -> None:
+    """Refuse bad adapter options before anything is built; the messages name the argument."""
+    check_rank(r)
+    check_terms(terms)
+    check_dropout(dropout, "dropout")
+    if alpha is not None:
+        if isinstance(alpha, bool) or not isinstance(alpha, Real):
+            raise TypeError(f"alpha must be a number > 0 or None; got {alpha!r}")
+        if not (math.isfinite(alpha) and alpha > 0):
+            raise ValueError(f"alpha must be finite and > 0; got {alpha!r}")
+    if init not in INITS:
+        raise ValueError(f"init must be one of {', '.join(map(repr, INITS))}; got {init!r}")
+    if adapter_dtype is not None and adapter_dtype not in FLOATING:
+        raise TypeError(
+            f"adapter_dtype must be float64, float32, bfloat16, float16 or None; got {adapter_dtype!r}"
+        )
+    check_backend(backend)
+    check_plan(plan)
+    if plan == "composed" and dropout > 0.0:
+        raise ValueError(f"plan='composed' takes no dropout; got dropout={dropout}")
+
+
+def _check_features(**sizes: int) -> None:
+    for name, size in sizes.items():
+        if isinstance(size, bool) or not isinstance(size, int):
+            raise TypeError(f"{name} must be an int >= 1; got {size!r}")
+        if size < 1:
+            raise ValueError(f"{name} must be an int >= 1; got {size}")
+
+
+class PeraLinear(nn.Module):
+    """y = x W0ᵀ + bias + s · (x̂ φ(A)ᵀ ∘ c) φ(B)ᵀ with s = alpha / r (Eq. 4, 9): ``(..., N)`` -> ``(..., M)``.
+
+    ``weight`` ``(M, N)`` and ``bias`` ``(M,)`` are frozen; exactly ``pera_A`` ``(r, N)``, ``pera_B`` ``(M, r)``
+    and ``pera_h`` ``(L,)`` train (``pera_h`` is None for ``terms="linear"``). At initialisation B and h are
+    zero and the output is the base layer's. ``state_dict`` has the keys of ``nn.Linear`` and the three more.
+
+    Args:
+        in_features: N. out_features: M. bias, device, dtype: as in ``nn.Linear``.
+        r: rank, any integer >= 1.
+        alpha: numerator of the scale; None means ``r``, as in the paper (s = 1).
+        terms: ``"full"``, ``"square"``, ``"cross"`` or ``"linear"`` (LoRA).
+        dropout: probability in [0, 1) on the adapter's input, in training mode.
+        init: of A: ``"kaiming"`` (uniform, a = √5) or ``"gaussian"`` (standard deviation 1 / r).
+        adapter_dtype: dtype of A, B and h; None means that of the weight.
+        backend, plan: see :func:`pera_kernels.pera_linear`.
+
+    Raises:
+        TypeError, ValueError: an option that does not fit, named, before anything is built.
+    """
+
+    weight: torch.Tensor
+    bias: torch.Tensor | None
+    pera_h: nn.Parameter | None
+    merged_base: torch.Tensor | None
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        r: int = 16,
+        *,
+        alpha: float | None = None,
+        terms: Terms = "full",
+        dropout: float = 0.0,
+        bias: bool = True,
+        init: str = "kaiming",
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        adapter_dtype: torch.dtype | None = None,
+        backend: str = "auto",
+        plan: str = "auto",
+    ) -> None:
+        _check_features(in_features=in_features, out_features=out_features)
+        check_adapter_options(r, alpha, terms, dropout, init, adapter_dtype, backend, plan)
+        super().__init__()
+        self._adopt(nn.Linear(in_features, out_features, bias, device=device, dtype=dtype))
+        self._add_adapter(r, alpha, terms, dropout, init, adapter_dtype, backend, plan)
+
+    @classmethod
+    def from_linear(
+        cls,
+        layer: nn.Module,
+        r: int = 16,
+        *,
+        alpha: float | None = None,
+        terms: Terms = "full",
+        dropout: float = 0.0,
+        init: str = "kaiming",
+        adapter_dtype: torch.dtype | None = None,
+        backend: str = "auto",
+        plan: str = "auto",
+    ) -> PeraLinear:
+        """Adapt an existing layer, whose parameters are frozen and shared, not copied.
+
+        A plain ``nn.Linear`` gives its ``weight`` and ``bias``. Any other module with ``in_features`` and
+        ``out_features`` (a quantized linear, an ``nn.Linear`` with hooks or parametrizations) becomes
+        ``base_layer``: it is called, the update is added to its output, and no weight is touched.
+
+        Raises:
+            TypeError: ``layer`` is not a module with ``in_features`` and ``out_features``.
+            ValueError: ``layer`` is adapted already, or an option does not fit.
+        """
+        check_adapter_options(r, alpha, terms, dropout, init, adapter_dtype, backend, plan)
+        if isinstance(layer, PeraLinear):
+            raise ValueError("layer is a PeraLinear already; unmerge and use it, or adapt its base")
+        if not isinstance(layer, nn.Module):
+            raise TypeError(f"layer must be an nn.Module; got {type(layer).__name__}")
+        for name in ("in_features", "out_features"):
+            if not isinstance(getattr(layer, name, None), int):
+                raise TypeError(
+                    f"layer must have an int {name}, as nn.Linear has; {type(layer).__name__} has none"
+                )
+        dense = _is_plain_linear(layer)
+        if plan == "composed" and not dense:
+            raise ValueError(
+                "plan='composed' needs a plain nn.Linear as base; "
+                f"got {type(layer).__name__}, which is called as it is"
+            )
+        kind = cls if dense else PeraOverModule
+        self = kind.__new__(kind)
+        nn.Module.__init__(self)
+        self._adopt(layer)
+        self._add_adapter(r, alpha, terms, dropout, init, adapter_dtype, backend, plan)
+        return self.train(layer.training)
+
+    def _adopt(self, layer: nn.Module) -> None:
+        """Take the features and the frozen parameters of a plain linear layer."""
+        self.in_features = int(layer.in_features)  # type: ignore[arg-type]
+        self.out_features = int(layer.out_features)  # type: ignore[arg-type]
+        self.register_parameter("weight", layer.weight.requires_grad_(False))  # type: ignore[arg-type, union-attr]
+        bias = layer.bias
+        self.register_parameter("bias", None if bias is None else bias.requires_grad_(False))  # type: ignore[arg-type, operator, union-attr]
+
+    def _add_adapter(
+        self,
+        r: int,
+        alpha: float | None,
+        terms: Terms,
+        dropout: float,
+        init: str,
+        adapter_dtype: torch.dtype | None,
+        backend: str,
+        plan: str,
+    ) -> None:
+        self.r = r
+        self.alpha = float(r if alpha is None else alpha)
+        self.terms: Terms = terms
+        self.dropout = float(dropout)
+        self.init = init
+        self.backend = backend
+        self.plan = plan
+        self.merged = False
+        self._disabled_depth = 0
+        self.register_buffer("merged_base", None, persistent=False)
+        device, dtype = self._adapter_place(adapter_dtype)
+        if backend != "auto" and device.type != "meta":
+            resolve(backend, device, (dtype,))
+        count = coefficient_count(r, terms)
+        self.pera_A = nn.Parameter(torch.empty(r, self.in_features, device=device, dtype=dtype))
+        self.pera_B = nn.Parameter(torch.empty(self.out_features, r, device=device, dtype=dtype))
+        self.register_parameter(
+            "pera_h",
+            None
+            if terms == "linear"
+            else nn.Parameter(torch.empty(count, device=device, dtype=dtype)),
+        )
+        self.reset_adapter()
+
+    def _adapter_place(self, dtype: torch.dtype | None) -> tuple[torch.device, torch.dtype]:
+        return self.weight.device, dtype or self.weight.dtype
+
+    @property
+    def scale(self) -> float:
+        """s = alpha / r."""
+        return self.alpha / self.r
+
+    def reset_adapter(self) -> None:
+        """Initialise A as ``init`` says, B and h with zero: the adapter changes nothing yet."""
+        if self.init == "kaiming":
+            nn.init.kaiming_uniform_(self.pera_A, a=math.sqrt(5))
+        else:
+            nn.init.normal_(self.pera_A, std=1.0 / self.r)
+        nn.init.zeros_(self.pera_B)
+        if self.pera_h is not None:
+            nn.init.zeros_(self.pera_h)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self._disabled_depth > 0:
+            return self._base_forward(x)
+        if self.merged:
+            return F.linear(x, self.weight, self.bias)
+        return self._adapted_forward(x)
+
+    def _base_forward(self, x: torch.Tensor) -> torch.Tensor:
+        return F.linear(x, self.base_weight(), self.bias)
+
+    def _adapted_forward(self, x: torch.Tensor) -> torch.Tensor:
+        return functional.linear_or_update(
+            x, self.weight, self.bias, None, *self._adapter(), self.plan
+        )
+
+    def _adapter(self) -> tuple[Any, ...]:
+        """The adapter's arguments of ``linear_or_update``, from A to the backend."""
+        p = self.dropout if self.training else 0.0
+        return self.pera_A, self.pera_B, self.pera_h, self.scale, self.terms, p, self.backend
+
+    def delta_weight(self) -> torch.Tensor:
+        """ΔW ``(M, N)`` in the adapter's dtype, differentiable in A, B and h."""
+        return functional.delta_weight(
+            self.pera_A,
+            self.pera_B,
+            self.pera_h,
+            scale=self.scale,
+            terms=self.terms,
+            backend=self.backend,
+        )
+
+    @torch.no_grad()
+    def _exact_delta(self) -> torch.Tensor:
+        """ΔW in float32 (float64 for a float64 weight), the precision in which weights are merged."""
+        work = torch.promote_types(self.weight.dtype, torch.float32)
+        h = None if self.pera_h is None else self.pera_h.to(work)
+        return functional.delta_weight(
+            self.pera_A.to(work),
+            self.pera_B.to(work),
+            h,
+            scale=self.scale,
+            terms=self.terms,
+            backend="auto" if work == torch.float64 else self.backend,
+        )
+
+    @torch.no_grad()
+    def base_weight(self) -> torch.Tensor:
+        """W0: the weight without the adapter, also while merged."""
+        if not self.merged:
+            return self.weight
+        if self.merged_base is not None:
+            return self.merged_base
+        delta = self._exact_delta()
+        return (self.weight.to(delta.dtype) - delta).to(self.weight.dtype)
+
+    @torch.no_grad()
+    def merge(self, safe: bool = True, *, keep_base: bool = True) -> None:
+        """Fold ΔW into ``weight``, so that the layer costs what its base costs. Does nothing if merged.
+
+        The sum is formed in float32 and rounded once. While merged, the adapter gets no gradient.
+
+        Args:
+            safe: refuse a result that is not finite.
+            keep_base: keep a copy of W0 for :meth:`unmerge`. Without it that memory is saved and unmerging
+                subtracts ΔW again, which is exact only up to the rounding of the weight's dtype.
+
+        Raises:
+            ValueError: the merged weight would not be finite; the weight is untouched.
+        """
+        if self.merged:
+            return
+        delta = self._exact_delta()
+        merged = delta.add_(self.weight).to(self.weight.dtype)
+        if safe and not torch.isfinite(merged).all():
+            count = int((~torch.isfinite(merged)).sum())
+            raise ValueError(
+                f"merging would make {count} of {merged.numel()} weights infinite or NaN; the weight is "
+                "unchanged (merge(safe=False) merges all the same)"
+            )
+        self.merged_base = self.weight.detach().clone() if keep_base else None
+        self.weight.copy_(merged)
+        self.merged = True
+
+    @torch.no_grad()
+    def unmerge(self) -> None:
+        """Put W0 back: bit for bit from the kept copy, else by subtracting ΔW. Does nothing if unmerged."""
+        if not self.merged:
+            return
+        self.weight.copy_(self.base_weight())
+        self.merged_base = None
+        self.merged = False
+
+    @contextlib.contextmanager
+    def disabled(self) -> Iterator[PeraLinear]:
+        """Within this context the layer computes its base alone, merged or not. May be nested."""
+        self._disabled_depth += 1
+        try:
+            yield self
+        finally:
+            self._disabled_depth -= 1
+
+    @torch.no_grad()
+    def quadratic_share(self) -> float:
+        """‖ΔW_quad‖_F / ‖BA‖_F: how much the products contribute beside plain LoRA; float64 inside.
+
+        0 where there are no products or they vanish, inf where BA alone vanishes.
+        """
+        h = None if self.pera_h is None else self.pera_h.double()
+        phi_A, phi_B = reference.expanded_factors(
+            self.pera_A.double(), self.pera_B.double(), h, self.terms
+        )
+        linear = _product_norm(phi_B[:, : self.r], phi_A[: self.r])
+        quadratic = _product_norm(phi_B[:, self.r :], phi_A[self.r :])
+        if quadratic == 0.0:
+            return 0.0
+        return quadratic / linear if linear > 0.0 else math.inf
+
+    def _save_to_state_dict(
+        self, destination: dict[str, Any], prefix: str, keep_vars: bool
+    ) -> None:
+        """As usual, but ``weight`` is always W0: a checkpoint never holds the adapter twice."""
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if self.merged and prefix + "weight" in destination:
+            destination[prefix + "weight"] = self.base_weight()
+
+    def _load_from_state_dict(
+        self, state_dict: Any, prefix: str, *args: Any, **kwargs: Any
+    ) -> None:
+        """As usual, into the unmerged layer: what is loaded is W0 and the adapter apart."""
+        self.unmerge()
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+
+    def extra_repr(self) -> str:
+        return (
+            f"in_features={self.in_features}, out_features={self.out_features}, "
+            f"bias={self.bias is not None}, r={self.r}, alpha={self.alpha:g}, terms={self.terms!r}, "
+            f"dropout={self.dropout:g}, backend={self.backend!r}, plan={self.plan!r}, "
+            f"merged={self.merged}"
+        )
+
+
+class PeraOverModule(PeraLinear):
+    """A :class:`PeraLinear` over a base module that is called as it is; made by ``from_linear``."""
+
+    def _adopt(self, layer: nn.Module) -> None:
+        self.in_features = int(layer.in_features)  # type: ignore[arg-type]
+        self.out_features = int(layer.out_features)  # type: ignore[arg-type]
+        self.base_layer = layer.requires_grad_(False)
+
+    @property
+    def weight(self) -> torch.Tensor:  # type: ignore[override]
+        """The base layer's own weight, whatever its form."""
+        return self.base_layer.weight  # type: ignore[return-value]
+
+    @property
+    def bias(self) -> torch.Tensor | None:  # type: ignore[override]
+        return getattr(self.base_layer, "bias", None)
+
+    def _adapter_place(self, dtype: torch.dtype | None) -> tuple[torch.device, torch.dtype]:
+        weight = getattr(self.base_layer, "weight", None)
+        if not isinstance(weight, torch.Tensor):
+            return torch.empty(0).device, dtype or torch.get_default_dtype()
+        own = weight.dtype if weight.dtype in FLOATING else torch.float32
+        return weight.device, dtype or own
+
+    def _base_forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.base_layer(x)
+
+    def _adapted_forward(self, x: torch.Tensor) -> torch.Tensor:
+        return functional.linear_or_update(
+            x, None, None, self.base_layer(x), *self._adapter(), self.plan
+        )
+
+    def merge(self, safe: bool = True, *, keep_base: bool = True) -> None:
+        """Refused: there is no plain dense weight to merge into."""
+        raise TypeError(
+            f"merge needs a plain nn.Linear as base; {type(self.base_layer).__name__} is called as it is"
+        )
+
+
+def _is_plain_linear(layer: nn.Module) -> bool:
+    """An ``nn.Linear`` whose forward is F.linear on floating-point parameters and nothing else."""
+    if type(layer) is not nn.Linear or layer.weight.dtype not in FLOATING:
+        return False
+    hooks = (
+        layer._forward_hooks,
+        layer._forward_pre_hooks,
+        layer._backward_hooks,
+        layer._backward_pre_hooks,
+    )
+    return "forward" not in layer.__dict__ and not any(hooks)
+
+
+def _product_norm(B: torch.Tensor, A: torch.Tensor) -> float:
+    """‖B A‖_F from the two Gram matrices, without forming the product."""
+    return math.sqrt(max(0.0, float(((B.mT @ B) * (A @ A.mT)).sum())))

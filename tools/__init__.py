@@ -1,0 +1,1 @@
+"""Command-line tools that use `pera_kernels` on real input."""
