@@ -1,9 +1,10 @@
 """The dropout mask as a function of a seed and a position, so that nobody has to keep it.
 
-Element ``(t, n)`` of the flattened ``(T, N)`` input survives if a 24-bit hash of ``(seed, t, n)`` reaches
-``p * 2**24``. The two words of a row's key come from the seed and ``t``; the element's hash mixes them
-with ``n`` in two multiply-xorshift rounds. This file is the definition in plain PyTorch; the Triton kernels
-compute the same bits, so one seed gives one mask in every backend, forward and backward.
+Element ``(t, n)`` of the flattened ``(T, N)`` input survives if a 24-bit hash of ``(seed, t, n)``
+reaches ``p * 2**24``. The two words of a row's key come from the seed and ``t``; the element's hash
+mixes them with ``n`` in two multiply-xorshift rounds. This file is the definition in plain PyTorch;
+the Triton kernels compute the same bits, so one seed gives one mask in every backend, forward and
+backward.
 """
 
 from __future__ import annotations
@@ -22,7 +23,8 @@ HASH_BITS = 24
 def draw_seed(device: torch.device) -> torch.Tensor:
     """A fresh int64 seed ``(1,)`` from the default generator of ``device``.
 
-    It stays on the device: no synchronisation, a captured CUDA graph draws a new one on each replay, and
+    It stays on the device: no synchronisation, a captured CUDA graph draws a new one on each
+        replay, and
     activation checkpointing, which restores the generator, draws the same one again.
     """
     return torch.randint(0, 2**62, (1,), dtype=torch.int64, device=device)

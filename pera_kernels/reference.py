@@ -1,7 +1,9 @@
-"""PERA in plain PyTorch, for any dtype and device: the specification everything else is checked against.
+"""PERA in plain PyTorch, for any dtype and device: the specification everything else is checked
+against.
 
-It follows the paper line by line and is differentiated by autograd. In a working dtype below float32 it
-states where values are rounded: products of factors and coefficients are formed in float32 and rounded once
+It follows the paper line by line and is differentiated by autograd. In a working dtype below
+float32 it states where values are rounded: products of factors and coefficients are formed in
+    float32 and rounded once
 to the dtype of ``x``; everything else is PyTorch's own arithmetic in that dtype.
 """
 
@@ -21,7 +23,8 @@ def _at_least_float32(x: torch.Tensor) -> torch.Tensor:
 
 
 def expand(factor: torch.Tensor, terms: Terms = "full", *, dim: int = 0) -> torch.Tensor:
-    """φ (Eq. 2, 3): the rank-one directions along ``dim`` and their products, in the order of ``h``.
+    """φ (Eq. 2, 3): the rank-one directions along ``dim`` and their products, in the order of
+    ``h``.
 
     ``expand(A, dim=0)`` is ``(K, N)``, ``expand(B, dim=1)`` is ``(M, K)``; float32, or float64 if
     ``factor`` is.

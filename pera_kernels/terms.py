@@ -1,15 +1,16 @@
 """Which monomials PERA keeps, how many there are, and in which order they stand.
 
-Letters used everywhere: ``T`` tokens, ``N`` in features, ``M`` out features, ``R`` rank, ``K`` expanded
+Letters used everywhere: ``T`` tokens, ``N`` in features, ``M`` out features, ``R`` rank, ``K``
+    expanded
 rank, ``L`` coefficients. ``A`` is ``(R, N)``, ``B`` is ``(M, R)``, ``h`` is ``(L,)``.
 
 Two orders of the pairs exist:
 
 * the *public* order of ``h``: row-major upper triangular, as in ``torch.triu_indices(R, R)``;
-* the *circular* order of the kernels: after the ``R`` linear lanes come blocks of ``R`` lanes, one per
-  circular offset ``d``; lane ``l`` of a block is the pair ``(l, (l + d) mod R)``. Offset 0 holds the
-  squares. For even ``R`` the last block (``d = R/2``) stops at lane ``R/2``, so that every unordered
-  pair stands exactly once and the order is dense: its length is ``K``.
+* the *circular* order of the kernels: after the ``R`` linear lanes come blocks of ``R`` lanes, one
+  per circular offset ``d``; lane ``l`` of a block is the pair ``(l, (l + d) mod R)``. Offset 0
+  holds the squares. For even ``R`` the last block (``d = R/2``) stops at lane ``R/2``, so that
+  every unordered pair stands exactly once and the order is dense: its length is ``K``.
 """
 
 from __future__ import annotations
