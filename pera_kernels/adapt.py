@@ -29,8 +29,8 @@ def _check_targets(target_modules: Sequence[str] | str) -> Sequence[str] | re.Pa
             return re.compile(target_modules)
         except re.error as error:
             raise ValueError(
-                f"target_modules must be a regular expression or a list of names; {target_modules!r} does "
-                f"not compile: {error}"
+                "target_modules must be a regular expression or a list of names; "
+                f"{target_modules!r} does not compile: {error}"
             ) from error
     names = list(target_modules) if isinstance(target_modules, (list, tuple, set)) else None
     if not names or not all(isinstance(name, str) and name for name in names):
@@ -61,13 +61,13 @@ def _targets(
             if isinstance(wanted, re.Pattern):
                 continue
             raise ValueError(
-                f"{name} is a {type(layer).__name__}, not a linear layer: an adapter needs in_features "
-                "and out_features"
+                f"{name} is a {type(layer).__name__}, not a linear layer: an adapter needs "
+                "in_features and out_features"
             )
         if isinstance(parent, nn.MultiheadAttention):
             raise ValueError(
-                f"{name} belongs to an nn.MultiheadAttention, which reads its weight without calling it: "
-                "an adapter there would be ignored"
+                f"{name} belongs to an nn.MultiheadAttention, which reads its weight without "
+                "calling it: an adapter there would be ignored"
             )
         found.append((name, parent, layer))
     return found
@@ -86,12 +86,14 @@ def inject(
     backend: str = "auto",
     plan: str = "auto",
 ) -> nn.Module:
-    """Replace linear layers of ``model`` by :class:`PeraLinear` in place and freeze everything else.
+    """Replace linear layers of ``model`` by :class:`PeraLinear` in place and freeze everything
+    else.
 
     Args:
         target_modules: a list of names, each matching whole trailing segments of a module's path
-            (``"v_proj"`` matches ``layers.0.attn.v_proj``, not ``my_v_proj``), or a string: a regular
-            expression that must match a whole path; it passes over modules that are not linear.
+            (``"v_proj"`` matches ``layers.0.attn.v_proj``, not ``my_v_proj``), or a string: a
+            regular expression that must match a whole path; it passes over modules that are not
+            linear.
         r, alpha, terms, dropout, init, adapter_dtype, backend, plan: see :class:`PeraLinear`.
 
     Returns:
@@ -159,7 +161,7 @@ def adapter_parameters(model: nn.Module) -> Iterator[nn.Parameter]:
 def _check_rate(name: str, value: object) -> None:
     if isinstance(value, bool) or not isinstance(value, Real):
         raise TypeError(f"{name} must be a number >= 0; got {value!r}")
-    if not (math.isfinite(value) and value >= 0):
+    if not (math.isfinite(value) and float(value) >= 0):
         raise ValueError(f"{name} must be finite and >= 0; got {value!r}")
 
 
@@ -168,9 +170,9 @@ def parameter_groups(
 ) -> list[dict[str, Any]]:
     """Parameter groups for ``torch.optim``: the factors, and the coefficients h at their own rate.
 
-    A product of two factor entries is small at the usual initialisation (about 1 / (3 N)), so an ``h`` that
-    moves at the rate of the factors leaves the quadratic part invisible: rates 100 to 1000 times ``lr`` are
-    worth trying, with :meth:`PeraLinear.quadratic_share` as the gauge.
+    A product of two factor entries is small at the usual initialisation (about 1 / (3 N)), so an
+    ``h`` that moves at the rate of the factors leaves the quadratic part invisible: rates 100 to
+    1000 times ``lr`` are worth trying, with :meth:`PeraLinear.quadratic_share` as the gauge.
 
     Args:
         lr: rate of A, B and of any other trainable parameter of the model (in a group of its own).

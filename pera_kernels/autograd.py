@@ -1,4 +1,6 @@
-"""The autograd boundary: save what a requested gradient needs, and ask the backend for the formulas."""
+"""The autograd boundary: save what a requested gradient needs, and ask the backend for the
+formulas.
+"""
 
 from __future__ import annotations
 
@@ -35,11 +37,12 @@ def _wanted(gradients: Any, needs: tuple[bool, ...]) -> list[torch.Tensor | None
 
 
 class PeraLinearFunction(torch.autograd.Function):
-    """y = x W0ᵀ + bias + s · (x̂ φ(A)ᵀ ∘ c) φ(B)ᵀ on a frozen dense weight (Eq. 9), or, where ``weight``
-    is None, base_out + s · (…), where base_out came from a base layer that differentiates itself.
+    """y = x W0ᵀ + bias + s · (x̂ φ(A)ᵀ ∘ c) φ(B)ᵀ on a frozen dense weight (Eq. 9), or, where
+    ``weight`` is None, base_out + s · (…), where base_out came from a base layer that
+    differentiates itself.
 
-    x ``(..., N)``, A ``(R, N)``, B ``(M, R)``, h ``(L,)`` or None. Keeps x only for dA (and where u has to
-    be made again), u ``(T, K)`` only for dB and dh, and the parameters.
+    x ``(..., N)``, A ``(R, N)``, B ``(M, R)``, h ``(L,)`` or None. Keeps x only for dA (and where u
+    has to be made again), u ``(T, K)`` only for dB and dh, and the parameters.
     """
 
     @staticmethod

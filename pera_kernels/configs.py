@@ -49,12 +49,16 @@ def dtype_class(dtype: torch.dtype) -> str:
 
 
 def tile_for(kernel: str, dtype: torch.dtype) -> Tile:
-    """The tile of ``kernel`` ("project", "accumulate", "contract", "compose") for operands in ``dtype``."""
+    """The tile of ``kernel`` ("project", "accumulate", "contract", "compose") for operands in
+    ``dtype``.
+    """
     return TILES[kernel, dtype_class(dtype)]
 
 
 def shrink(block: int, size: int) -> int:
-    """The smallest power-of-two block, at least ``MIN_BLOCK``, that covers ``size``; at most ``block``."""
+    """The smallest power-of-two block, at least ``MIN_BLOCK``, that covers ``size``; at most
+    ``block``.
+    """
     return min(block, max(MIN_BLOCK, 1 << (size - 1).bit_length()))
 
 
@@ -67,7 +71,9 @@ def processor_count(device: torch.device) -> int:
 
 
 def split(size: int, wanted: int, granule: int) -> tuple[int, int]:
-    """Cut ``size`` into at most ``wanted`` equal parts, each a multiple of ``granule``: (parts, part)."""
+    """Cut ``size`` into at most ``wanted`` equal parts, each a multiple of ``granule``: (parts,
+    part).
+    """
     blocks = max(1, -(-size // granule))
     per_part = -(-blocks // max(1, min(wanted, blocks)))
     return -(-blocks // per_part), per_part * granule

@@ -1,4 +1,4 @@
-"""The public functions: check the arguments, flatten nothing twice, dispatch to a backend."""
+"""The public functions: check the arguments, dispatch to a backend."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def check_scale(scale: object, name: str = "scale") -> None:
 def check_dropout(p: object, name: str = "dropout_p") -> None:
     if isinstance(p, bool) or not isinstance(p, Real):
         raise TypeError(f"{name} must be a number in [0, 1); got {p!r} of type {type(p).__name__}")
-    if not 0.0 <= p < 1.0:
+    if not 0.0 <= float(p) < 1.0:
         raise ValueError(f"{name} must be in [0, 1); got {p!r}")
 
 
@@ -164,31 +164,33 @@ def pera_linear(
     backend: str = "auto",
     plan: str = "auto",
 ) -> torch.Tensor:
-    """A frozen linear layer with a PERA update: y = x W0ᵀ + bias + s · (x̂ φ(A)ᵀ ∘ c) φ(B)ᵀ (Eq. 4, 9).
+    """A frozen linear layer with PERA (Eq. 4, 9): y = x W0ᵀ + bias + s · (x̂ φ(A)ᵀ ∘ c) φ(B)ᵀ.
 
     Args:
         x: ``(..., N)``, any strides.
         weight: frozen W0 ``(M, N)`` in the dtype of ``x``.
-        A: ``(r, N)``; B: ``(M, r)``, of one dtype: that of ``x``, or float32 under half-precision ``x``.
-        h: the coefficients ``(L,)`` in the order of ``torch.triu_indices`` (offset 1 for ``"cross"``); None
-            for ``"linear"``.
+        A: ``(r, N)``; B: ``(M, r)``, of one dtype: that of ``x``, or float32 under half-precision
+            ``x``.
+        h: the coefficients ``(L,)`` in the order of ``torch.triu_indices`` (offset 1 for
+            ``"cross"``); None for ``"linear"``.
         bias: frozen ``(M,)`` in the dtype of ``x``, added once.
         scale: s, usually ``alpha / r``.
-        terms: ``"full"`` (Eq. 9), ``"square"`` (Eq. 10), ``"cross"`` (Eq. 11) or ``"linear"`` (LoRA, Eq. 8).
-        dropout_p: dropout on ``x`` in the adapter's branch only, in [0, 1). Its mask is a function of a
-            seed drawn from the default generator; it is never stored.
+        terms: ``"full"`` (Eq. 9), ``"square"`` (Eq. 10), ``"cross"`` (Eq. 11) or ``"linear"``
+            (LoRA, Eq. 8).
+        dropout_p: dropout on ``x`` in the adapter's branch only, in [0, 1). Its mask is a function
+            of a seed drawn from the default generator; it is never stored.
         backend: ``"auto"``, ``"triton"``, ``"torch"`` or ``"reference"``.
-        plan: ``"factored"`` (also ``"auto"``) adds the update to the base output; ``"composed"`` builds
-            W0 + ΔW first, which rounds it to the weight's dtype: in half precision it loses entries of ΔW
-            below half an ulp of W0. It takes no dropout.
+        plan: ``"factored"`` (also ``"auto"``) adds the update to the base output; ``"composed"``
+            builds W0 + ΔW first, which rounds it to the weight's dtype: in half precision it loses
+            entries of ΔW below half an ulp of W0. It takes no dropout.
 
     Returns:
-        ``(..., M)`` in the dtype of ``x`` (of autocast, where that is on). Differentiable once in ``x``, ``A``,
-        ``B`` and ``h``; gradients have the dtype of what they belong to.
+        ``(..., M)`` in the dtype of ``x`` (of autocast, where that is on). Differentiable once in
+        ``x``, ``A``, ``B`` and ``h``; gradients have the dtype of what they belong to.
 
     Raises:
-        TypeError, ValueError: an argument that does not fit, named with what came and what is accepted,
-            before anything is computed.
+        TypeError, ValueError: an argument that does not fit, named with what came and what is
+            accepted, before anything is computed.
     """
     check_adapter(A, B, h, terms)
     return linear_or_update(x, weight, bias, None, A, B, h, scale, terms, dropout_p, backend, plan)
@@ -208,7 +210,7 @@ def linear_or_update(
     backend: str,
     plan: str,
 ) -> torch.Tensor:
-    """:func:`pera_linear` on a dense ``weight``, or on ``base_out``, the output of any base layer."""
+    """:func:`pera_linear` on a dense ``weight`` or on ``base_out``, any base layer's output."""
     check_scale(scale)
     check_dropout(dropout_p)
     check_backend(backend)
@@ -245,7 +247,8 @@ def linear_or_update(
         update = reference.update(
             x, A, B, h, scale=scale, terms=terms, dropout_p=dropout_p, seed=seed
         )
-        if weight is not None:
+        if base_out is None:
+            assert weight is not None
             bias = None if bias is None else bias.to(x.dtype)
             base_out = torch.nn.functional.linear(x, weight.to(x.dtype), bias)
         return base_out + update
@@ -262,8 +265,8 @@ def delta_weight(
 ) -> torch.Tensor:
     """ΔW = s φ(B) diag(1, h) φ(A) ``(M, N)`` (Eq. 4, 9), differentiable once in A, B and h.
 
-    A is ``(r, N)``, B ``(M, r)``, h ``(L,)`` or None; the result has the dtype of ``A``. Raises TypeError or
-    ValueError for arguments that do not fit.
+    A is ``(r, N)``, B ``(M, r)``, h ``(L,)`` or None; the result has the dtype of ``A``. Raises
+    TypeError or ValueError for arguments that do not fit.
     """
     check_adapter(A, B, h, terms)
     check_scale(scale)
@@ -286,8 +289,9 @@ def expand_factors(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The same adapter as a plain LoRA of rank K: ``lora_A (K, N)``, ``lora_B (M, K)``.
 
-    ``lora_B @ lora_A`` is ΔW: s and the coefficients are folded into ``lora_B``. Products are formed in
-    float32 (float64 for float64 factors) and rounded once to the dtype of ``A``. Plain PyTorch, differentiable.
+    ``lora_B @ lora_A`` is ΔW: s and the coefficients are folded into ``lora_B``. Products are
+    formed in float32 (float64 for float64 factors) and rounded once to the dtype of ``A``. Plain
+    PyTorch, differentiable.
     """
     check_adapter(A, B, h, terms)
     check_scale(scale)

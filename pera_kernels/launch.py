@@ -1,7 +1,8 @@
-"""Launchers: shapes to grids, splits and workspaces. One function per kernel, two-dimensional tensors in.
+"""Launchers: shapes to grids, splits and workspaces. One function per kernel, two-dimensional
+tensors in.
 
-A ``factor`` argument is ``(R, N)`` with any strides: ``A`` itself, or ``B.t()``. Importing this file
-imports Triton.
+A ``factor`` argument is ``(R, N)`` with any strides: ``A`` itself, or ``B.t()``. Importing this
+file imports Triton.
 """
 
 from __future__ import annotations
@@ -186,7 +187,8 @@ def contract(
 ) -> None:
     """Contract dφ = s leftᵀ dropout(x) into df ``(R, N)`` (dense, any layout) and dh ``(L,)``.
 
-    left is ``(T, K)`` in circular order, or a factor ``(R, T)`` whose expansion is meant; x is ``(T, N)``.
+    left is ``(T, K)`` in circular order, or a factor ``(R, T)`` whose expansion is meant; x is
+    ``(T, N)``.
     """
     (T, N), R = x.shape, factor.shape[0]
     K, L = expanded_rank(R, terms), coefficient_count(R, terms)

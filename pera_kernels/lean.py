@@ -1,8 +1,9 @@
 """The ``torch`` backend: the formulas of the gradients in lean PyTorch, on any device and dtype.
 
-Expansions are built in circular order, where the block of offset ``d`` is ``f ∘ roll(f, d)``: one strided
-view of the factor with its first rows repeated gives all partners, so there is no index table and no
-``(d, r, r)`` temporary. Functions have the signatures of the Triton ops in ``pera_kernels.ops``.
+Expansions are built in circular order, where the block of offset ``d`` is ``f ∘ roll(f, d)``: one
+strided view of the factor with its first rows repeated gives all partners, so there is no index
+table and no ``(d, r, r)`` temporary. Functions have the signatures of the Triton ops in
+``pera_kernels.ops``.
 """
 
 from __future__ import annotations
@@ -24,7 +25,9 @@ def _at_least_float32(dtype: torch.dtype) -> torch.dtype:
 
 
 def _with_repeats(factor: torch.Tensor, terms: Terms) -> torch.Tensor:
-    """The factor ``(R, N)`` followed by as many of its own first rows as the largest offset reaches."""
+    """The factor ``(R, N)`` followed by as many of its own first rows as the largest offset
+    reaches.
+    """
     R = factor.shape[0]
     extra = first_offset(terms) + offset_count(R, terms) - 1
     return torch.cat([factor, factor[:extra]]) if extra > 0 else factor.contiguous()
@@ -92,7 +95,7 @@ def _dropped(x: torch.Tensor, seed: torch.Tensor | None, p: float) -> torch.Tens
     """x̂ ``(T, N)`` without the factor 1/(1-p), which the small side of the product takes."""
     if p == 0.0 or seed is None:
         return x
-    return x.masked_fill(~keep_mask(seed, *x.shape, p), 0.0)
+    return x.masked_fill(~keep_mask(seed, x.shape[0], x.shape[1], p), 0.0)
 
 
 def _add_product(
@@ -167,7 +170,9 @@ def linear_backward(
     composed: bool,
     needs: Sequence[bool],
 ) -> tuple[torch.Tensor | None, ...]:
-    """(dx, dA, dB, dh), those of ``needs``; dx is the adapter's part alone where ``weight`` is None."""
+    """(dx, dA, dB, dh), those of ``needs``; dx is the adapter's part alone where ``weight`` is
+    None.
+    """
     need_x, need_A, need_B, need_h = needs
     dx = dA = dB = dh = None
     rows, R = tokens(dy), A.shape[0]

@@ -39,13 +39,14 @@ def check_adapter_options(
     if alpha is not None:
         if isinstance(alpha, bool) or not isinstance(alpha, Real):
             raise TypeError(f"alpha must be a number > 0 or None; got {alpha!r}")
-        if not (math.isfinite(alpha) and alpha > 0):
+        if not (math.isfinite(alpha) and float(alpha) > 0):
             raise ValueError(f"alpha must be finite and > 0; got {alpha!r}")
     if init not in INITS:
         raise ValueError(f"init must be one of {', '.join(map(repr, INITS))}; got {init!r}")
     if adapter_dtype is not None and adapter_dtype not in FLOATING:
         raise TypeError(
-            f"adapter_dtype must be float64, float32, bfloat16, float16 or None; got {adapter_dtype!r}"
+            "adapter_dtype must be float64, float32, bfloat16, float16 or None; "
+            f"got {adapter_dtype!r}"
         )
     check_backend(backend)
     check_plan(plan)
@@ -62,11 +63,13 @@ def _check_features(**sizes: int) -> None:
 
 
 class PeraLinear(nn.Module):
-    """y = x W0ᵀ + bias + s · (x̂ φ(A)ᵀ ∘ c) φ(B)ᵀ with s = alpha / r (Eq. 4, 9): ``(..., N)`` -> ``(..., M)``.
+    """y = x W0ᵀ + bias + s · (x̂ φ(A)ᵀ ∘ c) φ(B)ᵀ with s = alpha / r (Eq. 4, 9): ``(..., N)`` ->
+    ``(..., M)``.
 
-    ``weight`` ``(M, N)`` and ``bias`` ``(M,)`` are frozen; exactly ``pera_A`` ``(r, N)``, ``pera_B`` ``(M, r)``
-    and ``pera_h`` ``(L,)`` train (``pera_h`` is None for ``terms="linear"``). At initialisation B and h are
-    zero and the output is the base layer's. ``state_dict`` has the keys of ``nn.Linear`` and the three more.
+    ``weight`` ``(M, N)`` and ``bias`` ``(M,)`` are frozen; exactly ``pera_A`` ``(r, N)``,
+    ``pera_B`` ``(M, r)`` and ``pera_h`` ``(L,)`` train (``pera_h`` is None for ``terms="linear"``).
+    At initialisation B and h are zero and the output is the base layer's. ``state_dict`` has the
+    keys of ``nn.Linear`` and the three more.
 
     Args:
         in_features: N. out_features: M. bias, device, dtype: as in ``nn.Linear``.
@@ -126,9 +129,10 @@ class PeraLinear(nn.Module):
     ) -> PeraLinear:
         """Adapt an existing layer, whose parameters are frozen and shared, not copied.
 
-        A plain ``nn.Linear`` gives its ``weight`` and ``bias``. Any other module with ``in_features`` and
-        ``out_features`` (a quantized linear, an ``nn.Linear`` with hooks or parametrizations) becomes
-        ``base_layer``: it is called, the update is added to its output, and no weight is touched.
+        A plain ``nn.Linear`` gives its ``weight`` and ``bias``. Any other module with
+        ``in_features`` and ``out_features`` (a quantized linear, an ``nn.Linear`` with hooks or
+        parametrizations) becomes ``base_layer``: it is called, the update is added to its output,
+        and no weight is touched.
 
         Raises:
             TypeError: ``layer`` is not a module with ``in_features`` and ``out_features``.
@@ -142,7 +146,8 @@ class PeraLinear(nn.Module):
         for name in ("in_features", "out_features"):
             if not isinstance(getattr(layer, name, None), int):
                 raise TypeError(
-                    f"layer must have an int {name}, as nn.Linear has; {type(layer).__name__} has none"
+                    f"layer must have an int {name}, as nn.Linear has; "
+                    f"{type(layer).__name__} has none"
                 )
         dense = _is_plain_linear(layer)
         if plan == "composed" and not dense:
@@ -229,14 +234,29 @@ class PeraLinear(nn.Module):
         return F.linear(x, self.base_weight(), self.bias)
 
     def _adapted_forward(self, x: torch.Tensor) -> torch.Tensor:
-        return functional.linear_or_update(
-            x, self.weight, self.bias, None, *self._adapter(), self.plan
-        )
+        return self._apply_adapter(x, self.weight, self.bias, None)
 
-    def _adapter(self) -> tuple[Any, ...]:
-        """The adapter's arguments of ``linear_or_update``, from A to the backend."""
-        p = self.dropout if self.training else 0.0
-        return self.pera_A, self.pera_B, self.pera_h, self.scale, self.terms, p, self.backend
+    def _apply_adapter(
+        self,
+        x: torch.Tensor,
+        weight: torch.Tensor | None,
+        bias: torch.Tensor | None,
+        base_out: torch.Tensor | None,
+    ) -> torch.Tensor:
+        return functional.linear_or_update(
+            x,
+            weight,
+            bias,
+            base_out,
+            self.pera_A,
+            self.pera_B,
+            self.pera_h,
+            self.scale,
+            self.terms,
+            self.dropout if self.training else 0.0,
+            self.backend,
+            self.plan,
+        )
 
     def delta_weight(self) -> torch.Tensor:
         """ΔW ``(M, N)`` in the adapter's dtype, differentiable in A, B and h."""
@@ -275,14 +295,16 @@ class PeraLinear(nn.Module):
 
     @torch.no_grad()
     def merge(self, safe: bool = True, *, keep_base: bool = True) -> None:
-        """Fold ΔW into ``weight``, so that the layer costs what its base costs. Does nothing if merged.
+        """Fold ΔW into ``weight``, so that the layer costs what its base costs. Does nothing if
+        merged.
 
         The sum is formed in float32 and rounded once. While merged, the adapter gets no gradient.
 
         Args:
             safe: refuse a result that is not finite.
-            keep_base: keep a copy of W0 for :meth:`unmerge`. Without it that memory is saved and unmerging
-                subtracts ΔW again, which is exact only up to the rounding of the weight's dtype.
+            keep_base: keep a copy of W0 for :meth:`unmerge`. Without it that memory is saved and
+                unmerging subtracts ΔW again, which is exact only up to the rounding of the weight's
+                dtype.
 
         Raises:
             ValueError: the merged weight would not be finite; the weight is untouched.
@@ -294,8 +316,8 @@ class PeraLinear(nn.Module):
         if safe and not torch.isfinite(merged).all():
             count = int((~torch.isfinite(merged)).sum())
             raise ValueError(
-                f"merging would make {count} of {merged.numel()} weights infinite or NaN; the weight is "
-                "unchanged (merge(safe=False) merges all the same)"
+                f"merging would make {count} of {merged.numel()} weights infinite or NaN; the weight "
+                "is unchanged (merge(safe=False) merges all the same)"
             )
         self.merged_base = self.weight.detach().clone() if keep_base else None
         self.weight.copy_(merged)
@@ -303,7 +325,9 @@ class PeraLinear(nn.Module):
 
     @torch.no_grad()
     def unmerge(self) -> None:
-        """Put W0 back: bit for bit from the kept copy, else by subtracting ΔW. Does nothing if unmerged."""
+        """Put W0 back: bit for bit from the kept copy, else by subtracting ΔW. Does nothing if
+        unmerged.
+        """
         if not self.merged:
             return
         self.weight.copy_(self.base_weight())
@@ -387,14 +411,13 @@ class PeraOverModule(PeraLinear):
         return self.base_layer(x)
 
     def _adapted_forward(self, x: torch.Tensor) -> torch.Tensor:
-        return functional.linear_or_update(
-            x, None, None, self.base_layer(x), *self._adapter(), self.plan
-        )
+        return self._apply_adapter(x, None, None, self.base_layer(x))
 
     def merge(self, safe: bool = True, *, keep_base: bool = True) -> None:
         """Refused: there is no plain dense weight to merge into."""
         raise TypeError(
-            f"merge needs a plain nn.Linear as base; {type(self.base_layer).__name__} is called as it is"
+            "merge needs a plain nn.Linear as base; "
+            f"{type(self.base_layer).__name__} is called as it is"
         )
 
 

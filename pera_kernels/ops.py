@@ -1,33 +1,35 @@
 """The Triton backend: ``torch.library`` ops over the launchers, with fakes.
 
-Four coarse ops: the linear layer forward and backward, and the weight-space ΔW forward and backward.
+Four coarse ops: the linear layer forward and backward, and the weight-space ΔW forward and
+    backward.
 Outputs nobody asked for are empty tensors. Triton is imported at the first launch.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, cast
+from types import ModuleType
+from typing import cast
 
 import torch
 import torch.nn.functional as F
 
 from .terms import Terms, expanded_rank
 
-if TYPE_CHECKING:
-    from . import launch
-
 __all__ = ["delta_backward", "delta_forward", "linear_backward", "linear_forward"]
 
 
-def _launch():
+def _launch() -> ModuleType:
+    """The launchers; importing them imports Triton, which not everybody has."""
     from . import launch
 
     return launch
 
 
 def tokens(x: torch.Tensor) -> torch.Tensor:
-    """All leading dimensions flattened: ``(..., N)`` -> ``(T, N)``; a view where the strides allow it."""
+    """All leading dimensions flattened: ``(..., N)`` -> ``(T, N)``; a view where the strides allow
+    it.
+    """
     return x.reshape(x.shape[:-1].numel(), x.shape[-1])
 
 
@@ -114,7 +116,9 @@ def linear_backward(
     composed: bool,
     needs: Sequence[bool],
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """(dx, dA, dB, dh), those of ``needs``; dx is the adapter's part alone where ``weight`` is None."""
+    """(dx, dA, dB, dh), those of ``needs``; dx is the adapter's part alone where ``weight`` is
+    None.
+    """
     launch, kind = _launch(), cast(Terms, terms)
     need_x, need_A, need_B, need_h = needs
     dA, dB, dh = _gradients(dy, (A, B, h), needs[1:])
@@ -174,7 +178,9 @@ def linear_backward(
 
 
 def _base_dx(dy, weight, A, B, h, scale, terms, composed) -> torch.Tensor:
-    """dy W, of the base weight or of the composed one; uninitialised where there is no dense weight."""
+    """dy W, of the base weight or of the composed one; uninitialised where there is no dense
+    weight.
+    """
     if weight is None:
         return dy.new_empty((*dy.shape[:-1], A.shape[1]))
     if composed:

@@ -41,10 +41,12 @@ def accumulate_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """y = base + s · u (c ∘ φ(f)); with dropout the update is masked and rescaled (the backward's dx).
+    """y = base + s · u (c ∘ φ(f)); with dropout the update is masked and rescaled (the backward's
+    dx).
 
-    u (T, K) in circular order, f (R, M), base and y (T, M), which may be the same memory. Accumulates in
-    float32; c ∘ φ is formed in float32 and rounded once to the dtype of u; y is rounded once.
+    u (T, K) in circular order, f (R, M), base and y (T, M), which may be the same memory.
+    Accumulates in float32; c ∘ φ is formed in float32 and rounded once to the dtype of u; y is
+    rounded once.
     """
     tiles_m = tl.cdiv(M, BLOCK_M)
     block_t = tl.program_id(0) // tiles_m

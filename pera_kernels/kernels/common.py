@@ -1,7 +1,8 @@
 """Tile helpers shared by the kernels: pair lanes, coefficients, φ tiles, the dropout hash.
 
-A lane ``k`` of the expanded rank stands in circular order (see ``pera_kernels.terms``): ``R`` linear lanes,
-then ``R`` lanes per circular offset. Factor row and partner follow from ``k`` by arithmetic: no index table.
+A lane ``k`` of the expanded rank stands in circular order (see ``pera_kernels.terms``): ``R``
+linear lanes, then ``R`` lanes per circular offset. Factor row and partner follow from ``k`` by
+arithmetic: no index table.
 """
 
 import triton
@@ -19,7 +20,9 @@ _INTERPRETING = tl.constexpr(interpreting())
 
 @triton.jit
 def dot(a, b, acc, PRECISION: tl.constexpr):
-    """acc + a b in float32. The interpreter takes bfloat16 for integers: it gets exact float32 copies."""
+    """acc + a b in float32. The interpreter takes bfloat16 for integers: it gets exact float32
+    copies.
+    """
     if _INTERPRETING:
         a = a.to(tl.float32)
         b = b.to(tl.float32)

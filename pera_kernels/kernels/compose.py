@@ -32,8 +32,8 @@ def compose_kernel(
 ):
     """w = base + s · φ(b) diag(c) φ(a), tiles of both expansions generated on chip.
 
-    a (R, N), b (M, R), base and w (M, N). Accumulates in float32; φ(b) diag(c) and φ(a) are formed in
-    float32 and rounded once to the dtype of w; w is rounded once.
+    a (R, N), b (M, R), base and w (M, N). Accumulates in float32; φ(b) diag(c) and φ(a) are formed
+    in float32 and rounded once to the dtype of w; w is rounded once.
     """
     tiles_n = tl.cdiv(N, BLOCK_N)
     block_m = tl.program_id(0) // tiles_n

@@ -58,10 +58,10 @@ def contract_kernel(
         df_i  = dφ_i + Σ_j c_ij (dφ_ij ∘ f_j)        a square counts twice
         dh_ij = Σ_n (dφ_ij ∘ f_i ∘ f_j)
 
-    left (T, K) in circular order, or φ(left) of a factor (R, T) generated on chip; x (T, N); f (R, N).
-    Each (T, K) split writes partial sums: df[split] (R, N), dh[split_t, block_n] (L,), both float32. dφ
-    stays on chip; its float32 rows are sent to the rows i and j of df by a product with the 0/1 incidence
-    matrix of the pairs.
+    left (T, K) in circular order, or φ(left) of a factor (R, T) generated on chip; x (T, N); f (R,
+    N). Each (T, K) split writes partial sums: df[split] (R, N), dh[split_t, block_n] (L,), both
+    float32. dφ stays on chip; its float32 rows are sent to the rows i and j of df by a product with
+    the 0/1 incidence matrix of the pairs.
     """
     block_n = tl.program_id(0)
     split = tl.program_id(1)

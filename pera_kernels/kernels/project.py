@@ -32,10 +32,11 @@ def project_kernel(
 ):
     """u = x̂ φ(f)ᵀ, without the coefficients; x̂ = dropout(x).
 
-    x (T, N), f (R, N) -> u (T, K) in circular order. With a grid of several splits along N each writes its
-    partial sum to u[split] in float32. Accumulates in float32; φ is rounded once to the dtype of x.
+    x (T, N), f (R, N) -> u (T, K) in circular order. With a grid of several splits along N each
+    writes its partial sum to u[split] in float32. Accumulates in float32; φ is rounded once to the
+    dtype of x.
     """
-    # The k tiles of one token block are neighbours in the launch order: they share x through the L2.
+    # The k tiles of a token block are neighbours in launch order: they share x through the L2.
     tiles_k = tl.cdiv(K, BLOCK_K)
     block_t = tl.program_id(0) // tiles_k
     block_k = tl.program_id(0) % tiles_k
