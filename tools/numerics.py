@@ -1,9 +1,11 @@
 """The numeric rule, shared by the tests, ``tools.verify`` and the benchmarks' correctness gate.
 
-Truth is the float64 reference on the same rounded inputs. The maximum and the RMS error of a candidate must
-each be at most twice the error of the plain reference run in the working dtype, plus a floor: four ulps of the
-output's largest value for the maximum, one of its RMS value for the RMS. The ratio of two errors of a handful of
-numbers says little, so a case with few coefficients is judged on several draws of its inputs pooled.
+Truth is the float64 reference on the same rounded inputs. The maximum and the RMS error of a
+candidate must each be at most twice the error of the plain reference run in the working dtype, plus
+    a floor: four ulps of the
+output's largest value for the maximum, one of its RMS value for the RMS. The ratio of two errors of
+a handful of numbers says little, so a case with few coefficients is judged on several draws of its
+inputs pooled.
 """
 
 from __future__ import annotations
@@ -25,7 +27,9 @@ MAX_DRAWS = 8
 
 @dataclass(frozen=True)
 class Case:
-    """One problem: sizes, terms, dtypes and how it is computed. ``adapter_dtype=None`` means ``dtype``."""
+    """One problem: sizes, terms, dtypes and how it is computed. ``adapter_dtype=None`` means
+    ``dtype``.
+    """
 
     op: str = "pera_linear"
     terms: Terms = "full"
@@ -47,7 +51,9 @@ class Case:
 
 @dataclass
 class Inputs:
-    """Rounded inputs of a case: x ``(T, N)``, weight ``(M, N)``, A, B, h, bias, and the output gradient."""
+    """Rounded inputs of a case: x ``(T, N)``, weight ``(M, N)``, A, B, h, bias, and the output
+    gradient.
+    """
 
     x: torch.Tensor
     weight: torch.Tensor
@@ -88,10 +94,10 @@ class Verdict:
 
     def __str__(self) -> str:
         return (
-            f"{self.name}: max error {self.max_error:.3e} (reference {self.reference_max:.3e}), rms "
-            f"{self.rms_error:.3e} (reference {self.reference_rms:.3e}), floors {self.floor_max:.1e} and "
-            f"{self.floor_rms:.1e}, worst at {self.worst_index}: got {self.worst_got:.7g}, truth {self.worst_truth:.7g} "
-            f"{'; '.join(self.notes)}"
+            f"{self.name}: max error {self.max_error:.3e} (reference {self.reference_max:.3e}), "
+            f"rms {self.rms_error:.3e} (reference {self.reference_rms:.3e}), "
+            f"floors {self.floor_max:.1e} and {self.floor_rms:.1e}, worst at {self.worst_index}: "
+            f"got {self.worst_got:.7g}, truth {self.worst_truth:.7g} {'; '.join(self.notes)}"
         )
 
 
@@ -102,7 +108,9 @@ def _over(error: float, allowed: float) -> float:
 
 
 def make_inputs(case: Case, device: torch.device | str = "cpu") -> Inputs:
-    """Random inputs whose linear and quadratic parts have comparable size, rounded to the case's dtypes."""
+    """Random inputs whose linear and quadratic parts have comparable size, rounded to the case's
+    dtypes.
+    """
     generator = torch.Generator().manual_seed(case.seed)
 
     def normal(*shape: int, std: float, dtype: torch.dtype) -> torch.Tensor:
@@ -213,10 +221,11 @@ def check(case: Case, backend: str, device: torch.device | str = "cpu") -> list[
         outputs[0].append(run(drawn, inputs, backend))
         outputs[1].append(run(drawn, inputs, "reference"))
         outputs[2].append(run(drawn, inputs, "reference", exact=True))
-    return [
-        judge(name, *(torch.stack([o[name] for o in group]) for group in outputs), case.dtype)
-        for name in outputs[0][0]
-    ]
+    verdicts = []
+    for name in outputs[0][0]:
+        got, reference, truth = (torch.stack([o[name] for o in group]) for group in outputs)
+        verdicts.append(judge(name, got, reference, truth, case.dtype))
+    return verdicts
 
 
 def draws(case: Case) -> int:
