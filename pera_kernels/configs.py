@@ -64,7 +64,7 @@ def shrink(block: int, size: int) -> int:
 
 @lru_cache(maxsize=32)
 def processor_count(device: torch.device) -> int:
-    """Streaming multiprocessors (compute units) of a GPU; a small stand-in for the CPU interpreter."""
+    """Multiprocessors (compute units) of a GPU; a small stand-in for the CPU interpreter."""
     if device.type == "cpu":
         return 4
     return torch.cuda.get_device_properties(device).multi_processor_count

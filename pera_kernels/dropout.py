@@ -41,7 +41,7 @@ def _signed(value: int) -> int:
 
 
 def _xorshift(x: torch.Tensor, bits: int) -> torch.Tensor:
-    """``x ^ (x >>> bits)`` on int32, in place; the mask makes PyTorch's arithmetic shift logical."""
+    """``x ^ (x >>> bits)`` on int32, in place; the mask makes the arithmetic shift logical."""
     return x.bitwise_xor_(x.bitwise_right_shift(bits).bitwise_and_((1 << (32 - bits)) - 1))
 
 

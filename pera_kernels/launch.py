@@ -87,7 +87,7 @@ def sum_partials(partial: torch.Tensor, out: torch.Tensor) -> None:
 def project(
     x: torch.Tensor, factor: torch.Tensor, *, terms: Terms, dropout: Dropout = NO_DROPOUT
 ) -> torch.Tensor:
-    """u = dropout(x) φ(factor)ᵀ: x ``(T, N)``, factor ``(R, N)`` -> ``(T, K)`` in circular order."""
+    """u = dropout(x) φ(factor)ᵀ: x ``(T, N)``, factor ``(R, N)`` -> ``(T, K)``, circular order."""
     (T, N), R = x.shape, factor.shape[0]
     K = expanded_rank(R, terms)
     tile = configs.tile_for("project", x.dtype)
@@ -139,7 +139,7 @@ def accumulate(
     terms: Terms,
     dropout: Dropout = NO_DROPOUT,
 ) -> None:
-    """out = base + s u (c ∘ φ(factor)): base, out ``(T, M)`` with unit last stride, maybe the same."""
+    """out = base + s u (c ∘ φ(factor)): base, out ``(T, M)``, unit last stride, maybe the same."""
     (T, K), (R, M) = u.shape, factor.shape
     tile = configs.tile_for("accumulate", u.dtype)
     block_t, block_k = configs.shrink(tile.block_t, T), configs.shrink(tile.block_k, K)

@@ -36,7 +36,7 @@ def _with_repeats(factor: torch.Tensor, terms: Terms) -> torch.Tensor:
 def _expand(
     factor: torch.Tensor, h: torch.Tensor | None, terms: Terms, dtype: torch.dtype
 ) -> torch.Tensor:
-    """φ(factor) ``(K, N)`` in circular order, times (1, h) where given; rounded once to ``dtype``."""
+    """φ(factor) ``(K, N)`` in circular order, times (1, h) if given; rounded once to ``dtype``."""
     R, N = factor.shape
     offsets, first = offset_count(R, terms), first_offset(terms)
     if offsets == 0:
@@ -59,7 +59,7 @@ def _expand(
 def _contract(
     dphi: torch.Tensor, factor: torch.Tensor, h: torch.Tensor | None, terms: Terms
 ) -> torch.Tensor:
-    """df ``(R, N)`` from dφ ``(K, N)`` before the coefficients: df_i = dφ_i + Σ_j c_ij dφ_ij ∘ f_j."""
+    """df ``(R, N)`` from the bare dφ ``(K, N)``: df_i = dφ_i + Σ_j c_ij dφ_ij ∘ f_j."""
     R = factor.shape[0]
     offsets, first = offset_count(R, terms), first_offset(terms)
     if offsets == 0:
@@ -101,7 +101,7 @@ def _dropped(x: torch.Tensor, seed: torch.Tensor | None, p: float) -> torch.Tens
 def _add_product(
     out: torch.Tensor, u: torch.Tensor, phi: torch.Tensor, scale: float
 ) -> torch.Tensor:
-    """out + s u φ, in place. float16 rounds the product on its own, to keep its overflow visible."""
+    """out + s u φ, in place. float16 rounds the product on its own: its overflow must show."""
     if out.dtype == torch.float16:
         return out.add_((u @ phi).mul_(scale))
     return out.addmm_(u, phi, alpha=scale)
@@ -141,7 +141,7 @@ def linear_forward(
     dropout_p: float,
     composed: bool,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """(y, u): y on a dense ``weight`` or on a base layer's output; u ``(T, K)``, empty if composed."""
+    """(y, u): y on a dense ``weight`` or a base layer's output; u ``(T, K)``, empty if composed."""
     if composed:
         assert weight is not None
         return F.linear(x, _composed_weight(weight, A, B, h, scale, terms), bias), x.new_empty(0)

@@ -271,7 +271,7 @@ class PeraLinear(nn.Module):
 
     @torch.no_grad()
     def _exact_delta(self) -> torch.Tensor:
-        """ΔW in float32 (float64 for a float64 weight), the precision in which weights are merged."""
+        """ΔW in float32 (float64 for a float64 weight), the precision of a merge."""
         work = torch.promote_types(self.weight.dtype, torch.float32)
         h = None if self.pera_h is None else self.pera_h.to(work)
         return functional.delta_weight(
@@ -316,8 +316,8 @@ class PeraLinear(nn.Module):
         if safe and not torch.isfinite(merged).all():
             count = int((~torch.isfinite(merged)).sum())
             raise ValueError(
-                f"merging would make {count} of {merged.numel()} weights infinite or NaN; the weight "
-                "is unchanged (merge(safe=False) merges all the same)"
+                f"merging would make {count} of {merged.numel()} weights infinite or NaN; the "
+                "weight is unchanged (merge(safe=False) merges all the same)"
             )
         self.merged_base = self.weight.detach().clone() if keep_base else None
         self.weight.copy_(merged)
@@ -377,8 +377,9 @@ class PeraLinear(nn.Module):
     def extra_repr(self) -> str:
         return (
             f"in_features={self.in_features}, out_features={self.out_features}, "
-            f"bias={self.bias is not None}, r={self.r}, alpha={self.alpha:g}, terms={self.terms!r}, "
-            f"dropout={self.dropout:g}, backend={self.backend!r}, plan={self.plan!r}, "
+            f"bias={self.bias is not None}, r={self.r}, alpha={self.alpha:g}, "
+            f"terms={self.terms!r}, dropout={self.dropout:g}, backend={self.backend!r}, "
+            f"plan={self.plan!r}, "
             f"merged={self.merged}"
         )
 

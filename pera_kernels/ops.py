@@ -48,7 +48,7 @@ def _gradients(
 
 
 def _rows_dense(x: torch.Tensor) -> torch.Tensor:
-    """The same ``(T, M)`` values with a unit last stride, as the accumulate kernel addresses them."""
+    """The same ``(T, M)`` values with a unit last stride: the accumulate kernel assumes it."""
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
@@ -67,7 +67,7 @@ def linear_forward(
     dropout_p: float,
     composed: bool,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """(y, u): y on a dense ``weight`` or on a base layer's output; u ``(T, K)``, empty if composed."""
+    """(y, u): y on a dense ``weight`` or a base layer's output; u ``(T, K)``, empty if composed."""
     launch, kind = _launch(), cast(Terms, terms)
     with launch.on_device(x):
         if composed:

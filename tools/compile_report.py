@@ -1,0 +1,451 @@
+"""What the compiler makes of every kernel, for GPUs that need not be there.
+
+The launchers run on tensors without storage and their launches are recorded, so the report sees
+exactly the block sizes, flags and argument specialisations that ship. Each is compiled for sm_80,
+sm_90, sm_100 and gfx942 with the assemblers in Triton's wheel.
+
+    python -m tools.compile_report                              everything (long: see --jobs)
+    python -m tools.compile_report --ranks 16 --terms full      one adapter
+    python -m tools.compile_report --archs sm_90 --json r.json  one architecture, rows as JSON
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import multiprocessing
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+
+from pera_kernels import configs
+from pera_kernels.terms import TERMS, coefficient_count, expanded_rank
+
+RANKS = (4, 8, 16, 32, 64)
+# Operand dtype and adapter dtype of each kind of row.
+DTYPES: dict[str, tuple[torch.dtype, torch.dtype]] = {
+    "bf16": (torch.bfloat16, torch.bfloat16),
+    "fp16": (torch.float16, torch.float16),
+    "fp32": (torch.float32, torch.float32),
+    "bf16+fp32": (torch.bfloat16, torch.float32),
+}
+# Shared memory a thread block (workgroup) may use, in bytes.
+SHARED_LIMIT = {"sm_80": 166912, "sm_90": 232448, "sm_100": 232448, "gfx942": 65536}
+FEATURES, TOKENS = 4096, 8192
+
+POINTER = {
+    torch.bfloat16: "*bf16",
+    torch.float16: "*fp16",
+    torch.float32: "*fp32",
+    torch.int64: "*i64",
+}
+TENSOR_CORE = {
+    "sass": re.compile(r"\b(HGMMA|HMMA|UTCHMMA|UTCQMMA)\b"),
+    "amdgcn": re.compile(r"\bv_mfma_\w+"),
+}
+# Half-precision products on tensor cores, told apart from the tf32 ones of the contraction.
+HALF_DOT = re.compile(
+    r"(wgmma\.mma_async|mma\.sync)\S*\.b?f16\.b?f16|tcgen05\.mma\S*kind::f16|v_mfma_f32\w+_b?f16"
+)
+
+
+@dataclass(frozen=True)
+class Launch:
+    """A recorded launch: what the JIT would specialise on."""
+
+    variant: str
+    terms: str
+    r: int
+    dtype: str
+    kernel: str
+    signature: tuple[tuple[str, str], ...]
+    constants: tuple[tuple[str, Any], ...]
+    aligned: tuple[str, ...]
+    num_warps: int
+    num_stages: int
+
+
+@dataclass(frozen=True)
+class Row:
+    """One launch compiled for one architecture."""
+
+    variant: str
+    terms: str
+    r: int
+    dtype: str
+    arch: str
+    registers: int
+    spill_bytes: int
+    shared_bytes: int
+    shared_limit: int
+    tensor_core: int
+    problem: str
+
+
+class _Recorder:
+    """Stands in for a kernel: ``kernel[grid](**arguments)`` appends to ``calls``."""
+
+    def __init__(self, kernel: Any, calls: list[tuple[Any, dict[str, Any]]]) -> None:
+        self.kernel, self.calls = kernel, calls
+
+    def __getitem__(self, grid: Any) -> Any:
+        return lambda **arguments: self.calls.append((self.kernel, arguments))
+
+
+def _recorded(variant: str, terms: str, r: int, dtype: str, hip: bool) -> Iterator[Launch]:
+    from pera_kernels import launch
+
+    calls: list[tuple[Any, dict[str, Any]]] = []
+    kernels = [name for name in vars(launch) if name.endswith("_kernel")]
+    with contextmanagers(
+        *(mock.patch.object(launch, k, _Recorder(getattr(launch, k), calls)) for k in kernels),
+        mock.patch.object(configs, "processor_count", lambda device: 132),
+        mock.patch.object(torch.version, "hip", "7" if hip else None),
+    ):
+        _run_variant(launch, variant, terms, r, *DTYPES[dtype])
+    for kernel, arguments in calls:
+        yield _specialise(variant, terms, r, dtype, kernel, arguments)
+
+
+def contextmanagers(*managers: Any) -> Any:
+    """All of the managers entered together."""
+    from contextlib import ExitStack
+
+    stack = ExitStack()
+    for manager in managers:
+        stack.enter_context(manager)
+    return stack
+
+
+def _run_variant(
+    launch: Any, variant: str, terms: str, r: int, dtype: torch.dtype, adapter: torch.dtype
+) -> None:
+    """Call the launcher of a variant as ``pera_kernels.ops`` does, on storage-free tensors."""
+
+    def meta(*shape: int, of: torch.dtype = dtype) -> torch.Tensor:
+        return torch.empty(*shape, dtype=of, device="meta")
+
+    x, u = meta(TOKENS, FEATURES), meta(TOKENS, expanded_rank(r, terms))  # type: ignore[arg-type]
+    A, B = meta(r, FEATURES, of=adapter), meta(FEATURES, r, of=adapter)
+    h = None if terms == "linear" else meta(coefficient_count(r, terms), of=adapter)  # type: ignore[arg-type]
+    dh = None if h is None else torch.empty_like(h)
+    dropout = launch.Dropout(0.05, meta(1, of=torch.int64))
+    options = {"terms": terms, "scale": 0.5}
+    if variant == "project A":
+        launch.project(x, A, terms=terms)
+    elif variant == "project A dropout":
+        launch.project(x, A, terms=terms, dropout=dropout)
+    elif variant == "project B":
+        launch.project(x, B.t(), terms=terms)
+    elif variant == "accumulate y":
+        launch.accumulate(x, u, B.t(), h, out=x, **options)
+    elif variant == "accumulate dx dropout":
+        launch.accumulate(x, u, A, h, out=x, dropout=dropout, **options)
+    elif variant == "contract dA dropout":
+        launch.contract(u, x, A, h, df=torch.empty_like(A), dh=None, dropout=dropout, **options)
+    elif variant == "contract dB dh":
+        launch.contract(u, x, B.t(), h, df=torch.empty_like(B).t(), dh=dh, **options)
+    elif variant == "contract G dA dh":
+        launch.contract(
+            B.t(),
+            meta(FEATURES, FEATURES),
+            A,
+            h,
+            df=torch.empty_like(A),
+            dh=dh,
+            left_is_factor=True,
+            **options,
+        )
+    elif variant == "compose":
+        launch.compose(meta(FEATURES, FEATURES), A, B, h, dtype=dtype, **options)
+    else:
+        raise ValueError(f"unknown variant {variant!r}")
+
+
+VARIANTS = (
+    "project A",
+    "project A dropout",
+    "project B",
+    "accumulate y",
+    "accumulate dx dropout",
+    "contract dA dropout",
+    "contract dB dh",
+    "contract G dA dh",
+    "compose",
+)
+
+
+def _specialise(
+    variant: str, terms: str, r: int, dtype: str, kernel: Any, arguments: dict[str, Any]
+) -> Launch:
+    """Types, constants and alignments as Triton's own launcher would infer them from the values."""
+    arguments = dict(arguments)
+    num_warps, num_stages = arguments.pop("num_warps", 4), arguments.pop("num_stages", 3)
+    signature, constants, aligned = {}, {}, []
+    for parameter in kernel.params:
+        name, value = parameter.name, arguments[parameter.name]
+        if parameter.is_constexpr or value is None or (type(value) is int and value == 1):
+            signature[name], constants[name] = "constexpr", value
+        elif isinstance(value, torch.Tensor):
+            signature[name] = POINTER[value.dtype]
+            aligned.append(name)
+        elif isinstance(value, float):
+            signature[name] = "fp32"
+        else:
+            signature[name] = "i32" if value < 2**31 else "i64"
+            if value % 16 == 0:
+                aligned.append(name)
+    return Launch(
+        variant if "sum_partials" not in kernel.__name__ else "sum partials",
+        terms,
+        r,
+        dtype,
+        kernel.__name__,
+        tuple(signature.items()),
+        tuple(constants.items()),
+        tuple(aligned),
+        num_warps,
+        num_stages,
+    )
+
+
+def compile_launch(launch: Launch, arch: str) -> Row:
+    """Compile one launch for one architecture and read the assembler's report."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    from pera_kernels import launch as launchers
+
+    kernel = getattr(launchers, launch.kernel)
+    index = {name: i for i, name in enumerate(kernel.arg_names)}
+    source = ASTSource(
+        fn=kernel,
+        signature=dict(launch.signature),
+        constexprs={(index[name],): value for name, value in launch.constants},
+        attrs={(index[name],): [["tt.divisibility", 16]] for name in launch.aligned},
+    )
+    hip = arch.startswith("gfx")
+    target = GPUTarget("hip", arch, 64) if hip else GPUTarget("cuda", int(arch[3:]), 32)
+    options = {"num_warps": launch.num_warps, "num_stages": launch.num_stages}
+    compiled = triton.compile(source, target=target, options=options)
+    if hip:
+        text = compiled.asm["amdgcn"]
+        registers = _number(r"\.vgpr_count:\s*(\d+)", text)
+        spills = _number(r"\.private_segment_fixed_size:\s*(\d+)", text)
+        tensor_core = len(TENSOR_CORE["amdgcn"].findall(text))
+    else:
+        text = compiled.asm["ptx"]
+        registers, spills, tensor_core = _cubin_report(compiled.asm["cubin"])
+    shared, limit = compiled.metadata.shared, SHARED_LIMIT[arch]
+    problems = []
+    if spills:
+        problems.append(f"spills {spills} B")
+    if shared > limit:
+        problems.append(f"shared memory {shared} B > {limit} B")
+    has_dot = launch.kernel != "sum_partials_kernel"
+    if has_dot and launch.dtype != "fp32" and not HALF_DOT.search(text):
+        problems.append("half-precision dot without tensor cores")
+    return Row(
+        launch.variant,
+        launch.terms,
+        launch.r,
+        launch.dtype,
+        arch,
+        registers,
+        spills,
+        shared,
+        limit,
+        tensor_core,
+        "; ".join(problems),
+    )
+
+
+def _number(pattern: str, text: str) -> int:
+    found = re.search(pattern, text)
+    if found is None:
+        raise RuntimeError(f"the assembler's report has no {pattern}")
+    return int(found.group(1))
+
+
+def _cubin_report(cubin: bytes) -> tuple[int, int, int]:
+    """Registers, stack bytes and tensor-core instructions of a cubin, by the wheel's cuobjdump."""
+    import triton
+
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "kernel.cubin"
+        path.write_bytes(cubin)
+
+        def dump(option: str) -> str:
+            return subprocess.run(
+                [str(tool), option, str(path)], check=True, capture_output=True, text=True
+            ).stdout
+
+        usage, sass = dump("-res-usage"), dump("-sass")
+    instructions = len(TENSOR_CORE["sass"].findall(sass))
+    return _number(r"REG:(\d+)", usage), _number(r"STACK:(\d+)", usage), instructions
+
+
+def launches(
+    variants: Sequence[str],
+    terms: Sequence[str],
+    ranks: Sequence[int],
+    dtypes: Sequence[str],
+    hip: bool,
+) -> list[Launch]:
+    """Every distinct launch of the grid, in order."""
+    grid = itertools.product(variants, terms, ranks, dtypes)
+    found = [launch for row in grid for launch in _recorded(*row, hip=hip)]
+    seen: dict[Any, Launch] = {}
+    for launch in found:
+        key = (
+            launch.kernel,
+            launch.signature,
+            launch.constants,
+            launch.aligned,
+            launch.num_warps,
+            launch.num_stages,
+        )
+        seen.setdefault(key, launch)
+    return list(seen.values())
+
+
+def _work(job: tuple[Launch, str]) -> Row:
+    return compile_launch(*job)
+
+
+def report(
+    archs: Sequence[str],
+    *,
+    variants: Sequence[str] = VARIANTS,
+    terms: Sequence[str] = TERMS,
+    ranks: Sequence[int] = RANKS,
+    dtypes: Sequence[str] = tuple(DTYPES),
+    jobs: int = 1,
+) -> Iterator[tuple[int, int, Row]]:
+    """Compile the grid; yields (done, total, row) as rows come."""
+    work = [
+        (launch, arch)
+        for arch in archs
+        for launch in launches(variants, terms, ranks, dtypes, hip=arch.startswith("gfx"))
+    ]
+    if jobs == 1:
+        for done, job in enumerate(work, 1):
+            yield done, len(work), _work(job)
+        return
+    # A fresh process per worker: the parent has run torch, which does not survive a fork well.
+    with multiprocessing.get_context("spawn").Pool(jobs) as pool:
+        for done, row in enumerate(pool.imap(_work, work, chunksize=4), 1):
+            yield done, len(work), row
+
+
+HEADER = (
+    f"{'kernel':<22}{'terms':<8}{'r':>3} {'dtype':<10}{'arch':<8}{'regs':>5}{'spill':>7}"
+    f"{'shared':>9}{'of limit':>9}{'mma':>6}  verdict"
+)
+
+
+def format_row(row: Row) -> str:
+    share = f"{row.shared_bytes / row.shared_limit:.0%}"
+    return (
+        f"{row.variant:<22}{row.terms:<8}{row.r:>3} {row.dtype:<10}{row.arch:<8}"
+        f"{row.registers:>5}{row.spill_bytes:>7}{row.shared_bytes:>9}{share:>9}"
+        f"{row.tensor_core:>6}  {row.problem or 'ok'}"
+    )
+
+
+def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m tools.compile_report",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add = parser.add_argument
+    add(
+        "--archs",
+        nargs="+",
+        choices=SHARED_LIMIT,
+        default=list(SHARED_LIMIT),
+        metavar="ARCH",
+        help="of " + ", ".join(SHARED_LIMIT),
+    )
+    add(
+        "--kernels",
+        nargs="+",
+        choices=VARIANTS,
+        default=list(VARIANTS),
+        metavar="NAME",
+        help="of " + ", ".join(map(repr, VARIANTS)),
+    )
+    add("--terms", nargs="+", choices=TERMS, default=list(TERMS))
+    add("--ranks", nargs="+", type=int, default=list(RANKS), metavar="R")
+    add(
+        "--dtypes",
+        nargs="+",
+        choices=DTYPES,
+        default=list(DTYPES),
+        metavar="DTYPE",
+        help="of " + ", ".join(DTYPES) + " (operands + adapters)",
+    )
+    add("--jobs", type=int, default=os.cpu_count() or 1, help="compile in this many processes")
+    add("--problems", action="store_true", help="print only rows with a problem")
+    add("--json", type=Path, metavar="FILE", help="also write every row as JSON")
+    arguments = parser.parse_args(argv)
+    if min(arguments.ranks) < 1:
+        parser.error(f"--ranks must be >= 1; got {min(arguments.ranks)}")
+    if arguments.jobs < 1:
+        parser.error(f"--jobs must be >= 1; got {arguments.jobs}")
+    return arguments
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    arguments = _arguments(argv)
+    import triton
+
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        print(
+            "compile_report: unset TRITON_INTERPRET: interpreted kernels are not compiled",
+            file=sys.stderr,
+        )
+        return 2
+    print(f"triton {triton.__version__}, torch {torch.__version__}")
+    print(HEADER)
+    rows = []
+    for done, total, row in report(
+        arguments.archs,
+        variants=arguments.kernels,
+        terms=arguments.terms,
+        ranks=arguments.ranks,
+        dtypes=arguments.dtypes,
+        jobs=arguments.jobs,
+    ):
+        rows.append(row)
+        if row.problem or not arguments.problems:
+            print(format_row(row), flush=True)
+        if sys.stderr.isatty():
+            print(f"\r{done}/{total}", end="\r", file=sys.stderr, flush=True)
+    bad = [row for row in rows if row.problem]
+    if arguments.json is not None:
+        payload = {"triton": triton.__version__, "rows": [asdict(row) for row in rows]}
+        arguments.json.write_text(json.dumps(payload, indent=1) + "\n")
+    most = max(rows, key=lambda row: row.registers)
+    print(
+        f"{len(rows)} compilations, {len(bad)} with a problem; at most {most.registers} registers "
+        f"({most.variant}, {most.terms}, r={most.r}, {most.dtype}, {most.arch})"
+    )
+    return 1 if bad else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
