@@ -11,7 +11,7 @@ from functools import lru_cache
 
 import torch
 
-__all__ = ["TILES", "Tile", "processor_count", "tile_for"]
+__all__ = ["GENERIC", "HIP", "Tile", "processor_count", "tile_for"]
 
 
 @dataclass(frozen=True)
@@ -28,16 +28,24 @@ class Tile:
     num_stages: int
 
 
-# Keyed by (kernel, dtype class). "half" is bfloat16 and float16, "single" is float32.
-TILES: dict[tuple[str, str], Tile] = {
-    ("project", "half"): Tile(64, 64, 64, 4, 3),
+# Keyed by (kernel, dtype class of the operands). "half" is bfloat16 and float16, "single" float32.
+GENERIC: dict[tuple[str, str], Tile] = {
+    ("project", "half"): Tile(128, 64, 64, 8, 2),
     ("project", "single"): Tile(32, 32, 32, 4, 2),
     ("accumulate", "half"): Tile(64, 64, 32, 4, 3),
     ("accumulate", "single"): Tile(32, 32, 32, 4, 2),
-    ("contract", "half"): Tile(64, 64, 64, 4, 3),
-    ("contract", "single"): Tile(32, 32, 32, 4, 2),
+    # Its expanded-rank block is the rows of the product: 64 of them are one wgmma on Hopper.
+    ("contract", "half"): Tile(64, 64, 64, 8, 2),
+    ("contract", "single"): Tile(32, 32, 32, 8, 2),
     ("compose", "half"): Tile(64, 64, 32, 4, 2),
     ("compose", "single"): Tile(32, 32, 32, 4, 2),
+}
+
+# AMD: 64 KiB of shared memory and wavefronts of 64, so fewer warps and stages.
+HIP: dict[tuple[str, str], Tile] = {
+    **GENERIC,
+    ("project", "half"): Tile(64, 64, 64, 4, 2),
+    ("contract", "half"): Tile(64, 64, 64, 4, 2),
 }
 
 # Smallest extent of a tl.dot operand.
@@ -52,7 +60,8 @@ def tile_for(kernel: str, dtype: torch.dtype) -> Tile:
     """The tile of ``kernel`` ("project", "accumulate", "contract", "compose") for operands in
     ``dtype``.
     """
-    return TILES[kernel, dtype_class(dtype)]
+    table = HIP if torch.version.hip else GENERIC
+    return table[kernel, dtype_class(dtype)]
 
 
 def shrink(block: int, size: int) -> int:

@@ -66,9 +66,10 @@ def dot_precision(dtype: torch.dtype) -> str:
     return "ieee"
 
 
-def incidence_precision() -> str:
-    """float32-accurate products with a 0/1 matrix, on matrix units: three tf32 terms on NVIDIA."""
-    return "ieee" if torch.version.hip else "tf32x3"
+def addressable(factor: torch.Tensor) -> torch.Tensor:
+    """The factor, copied if its strides reach past the 32-bit offsets the kernels use for it."""
+    reach = sum((n - 1) * s for n, s in zip(factor.shape, factor.stride(), strict=True))
+    return factor if reach < 2**31 else factor.contiguous()
 
 
 def sum_partials(partial: torch.Tensor, out: torch.Tensor) -> None:
@@ -88,6 +89,7 @@ def project(
     x: torch.Tensor, factor: torch.Tensor, *, terms: Terms, dropout: Dropout = NO_DROPOUT
 ) -> torch.Tensor:
     """u = dropout(x) φ(factor)ᵀ: x ``(T, N)``, factor ``(R, N)`` -> ``(T, K)``, circular order."""
+    factor = addressable(factor)
     (T, N), R = x.shape, factor.shape[0]
     K = expanded_rank(R, terms)
     tile = configs.tile_for("project", x.dtype)
@@ -140,6 +142,7 @@ def accumulate(
     dropout: Dropout = NO_DROPOUT,
 ) -> None:
     """out = base + s u (c ∘ φ(factor)): base, out ``(T, M)``, unit last stride, maybe the same."""
+    factor = addressable(factor)
     (T, K), (R, M) = u.shape, factor.shape
     tile = configs.tile_for("accumulate", u.dtype)
     block_t, block_k = configs.shrink(tile.block_t, T), configs.shrink(tile.block_k, K)
@@ -190,6 +193,8 @@ def contract(
     left is ``(T, K)`` in circular order, or a factor ``(R, T)`` whose expansion is meant; x is
     ``(T, N)``.
     """
+    factor = addressable(factor)
+    left = addressable(left) if left_is_factor else left
     (T, N), R = x.shape, factor.shape[0]
     K, L = expanded_rank(R, terms), coefficient_count(R, terms)
     tile = configs.tile_for("contract", x.dtype)
@@ -234,7 +239,6 @@ def contract(
         HAS_DF=df is not None,
         HAS_DH=dh is not None,
         PRECISION=dot_precision(x.dtype),
-        INCIDENCE_PRECISION=incidence_precision(),
         BLOCK_R=configs.shrink(1 << 30, R),
         BLOCK_T=block_t,
         BLOCK_N=tile.block_n,
@@ -260,6 +264,7 @@ def compose(
     dtype: torch.dtype,
 ) -> torch.Tensor:
     """base + s φ(B) diag(c) φ(A): A ``(R, N)``, B ``(M, R)``, base ``(M, N)`` -> ``(M, N)``."""
+    A, B = addressable(A), addressable(B)
     (R, N), M = A.shape, B.shape[0]
     w = torch.empty(M, N, dtype=dtype, device=A.device)
     tile = configs.tile_for("compose", dtype)

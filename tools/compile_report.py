@@ -21,6 +21,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -50,7 +51,7 @@ POINTER = {
     torch.int64: "*i64",
 }
 TENSOR_CORE = {
-    "sass": re.compile(r"\b(HGMMA|HMMA|UTCHMMA|UTCQMMA)\b"),
+    "ptx": re.compile(r"\b(wgmma\.mma_async|mma\.sync|tcgen05\.mma)\b"),
     "amdgcn": re.compile(r"\bv_mfma_\w+"),
 }
 # Half-precision products on tensor cores, told apart from the tf32 ones of the contraction.
@@ -107,24 +108,15 @@ def _recorded(variant: str, terms: str, r: int, dtype: str, hip: bool) -> Iterat
 
     calls: list[tuple[Any, dict[str, Any]]] = []
     kernels = [name for name in vars(launch) if name.endswith("_kernel")]
-    with contextmanagers(
-        *(mock.patch.object(launch, k, _Recorder(getattr(launch, k), calls)) for k in kernels),
-        mock.patch.object(configs, "processor_count", lambda device: 132),
-        mock.patch.object(torch.version, "hip", "7" if hip else None),
-    ):
+    with ExitStack() as stack:
+        for name in kernels:
+            recorder = _Recorder(getattr(launch, name), calls)
+            stack.enter_context(mock.patch.object(launch, name, recorder))
+        stack.enter_context(mock.patch.object(configs, "processor_count", lambda device: 132))
+        stack.enter_context(mock.patch.object(torch.version, "hip", "7" if hip else None))
         _run_variant(launch, variant, terms, r, *DTYPES[dtype])
     for kernel, arguments in calls:
         yield _specialise(variant, terms, r, dtype, kernel, arguments)
-
-
-def contextmanagers(*managers: Any) -> Any:
-    """All of the managers entered together."""
-    from contextlib import ExitStack
-
-    stack = ExitStack()
-    for manager in managers:
-        stack.enter_context(manager)
-    return stack
 
 
 def _run_variant(
@@ -246,7 +238,8 @@ def compile_launch(launch: Launch, arch: str) -> Row:
         tensor_core = len(TENSOR_CORE["amdgcn"].findall(text))
     else:
         text = compiled.asm["ptx"]
-        registers, spills, tensor_core = _cubin_report(compiled.asm["cubin"])
+        registers, spills = _cubin_report(compiled.asm["cubin"])
+        tensor_core = len(TENSOR_CORE["ptx"].findall(text))
     shared, limit = compiled.metadata.shared, SHARED_LIMIT[arch]
     problems = []
     if spills:
@@ -278,23 +271,17 @@ def _number(pattern: str, text: str) -> int:
     return int(found.group(1))
 
 
-def _cubin_report(cubin: bytes) -> tuple[int, int, int]:
-    """Registers, stack bytes and tensor-core instructions of a cubin, by the wheel's cuobjdump."""
+def _cubin_report(cubin: bytes) -> tuple[int, int]:
+    """Registers and stack bytes of a cubin, by the wheel's cuobjdump."""
     import triton
 
     tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "kernel.cubin"
         path.write_bytes(cubin)
-
-        def dump(option: str) -> str:
-            return subprocess.run(
-                [str(tool), option, str(path)], check=True, capture_output=True, text=True
-            ).stdout
-
-        usage, sass = dump("-res-usage"), dump("-sass")
-    instructions = len(TENSOR_CORE["sass"].findall(sass))
-    return _number(r"REG:(\d+)", usage), _number(r"STACK:(\d+)", usage), instructions
+        command = [str(tool), "-res-usage", str(path)]
+        usage = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    return _number(r"REG:(\d+)", usage), _number(r"STACK:(\d+)", usage)
 
 
 def launches(
@@ -338,7 +325,7 @@ def report(
     work = [
         (launch, arch)
         for arch in archs
-        for launch in launches(variants, terms, ranks, dtypes, hip=arch.startswith("gfx"))
+        for launch in launches(variants, terms, ranks, dtypes, arch.startswith("gfx"))
     ]
     if jobs == 1:
         for done, job in enumerate(work, 1):

@@ -213,7 +213,7 @@ def judge(
 
 
 def check(case: Case, backend: str, device: torch.device | str = "cpu") -> list[Verdict]:
-    """Run a case by the truth, the working-dtype reference and ``backend``; one verdict per output."""
+    """Run a case by truth, working-dtype reference and ``backend``; one verdict per output."""
     outputs: list[list[dict[str, torch.Tensor]]] = [[], [], []]
     for draw in range(draws(case)):
         drawn = replace(case, seed=case.seed + 1000 * draw)

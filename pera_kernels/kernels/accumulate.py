@@ -53,7 +53,7 @@ def accumulate_kernel(
     block_m = tl.program_id(0) % tiles_m
 
     offs_t = block_t.to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
-    offs_m = block_m.to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+    offs_m = block_m * BLOCK_M + tl.arange(0, BLOCK_M)
     mask_t = offs_t < T
     mask_m = offs_m < M
     mask = mask_t[:, None] & mask_m[None, :]

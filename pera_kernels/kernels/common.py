@@ -40,6 +40,21 @@ def round_to(x, dtype: tl.constexpr):
 
 
 @triton.jit
+def select_rows(rows, lanes, keep, x, acc):
+    """acc[r] + Σ_k [rows[r] = lanes[k] and keep[k]] x[k], in float32, on the matrix units.
+
+    x is the exact sum of three bfloat16 tiles and the 0/1 matrix is exact, so nothing is rounded
+    but the float32 sums.
+    """
+    select = ((rows[:, None] == lanes[None, :]) & keep[None, :]).to(tl.float32).to(tl.bfloat16)
+    for _ in tl.static_range(3):
+        part = round_to(x, tl.bfloat16)
+        acc = dot(select, part, acc, "ieee")
+        x -= part.to(tl.float32)
+    return acc
+
+
+@triton.jit
 def pair_lanes(offs_k, R: tl.constexpr, TERMS: tl.constexpr):
     """Lane k -> (i, j, is_pair): φ[k] = f_i, or f_i ∘ f_j where is_pair."""
     block = offs_k // R

@@ -40,8 +40,8 @@ def compose_kernel(
     block_n = tl.program_id(0) % tiles_n
     dtype: tl.constexpr = w_ptr.dtype.element_ty
 
-    offs_m = block_m.to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
-    offs_n = block_n.to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
+    offs_m = block_m * BLOCK_M + tl.arange(0, BLOCK_M)
+    offs_n = block_n * BLOCK_N + tl.arange(0, BLOCK_N)
     mask_m = offs_m < M
     mask_n = offs_n < N
 
@@ -77,13 +77,12 @@ def compose_kernel(
 
     acc = overflow_as(acc, dtype) * scale
     mask = mask_m[:, None] & mask_n[None, :]
+    rows = offs_m.to(tl.int64)[:, None]
     if HAS_BASE:
         base = tl.load(
-            base_ptr + offs_m[:, None] * stride_base_m + offs_n[None, :] * stride_base_n,
+            base_ptr + rows * stride_base_m + offs_n.to(tl.int64)[None, :] * stride_base_n,
             mask=mask,
             other=0.0,
         )
         acc += base.to(tl.float32)
-    tl.store(
-        w_ptr + offs_m[:, None] * stride_w_m + offs_n[None, :], round_to(acc, dtype), mask=mask
-    )
+    tl.store(w_ptr + rows * stride_w_m + offs_n[None, :], round_to(acc, dtype), mask=mask)

@@ -10,6 +10,7 @@ from .common import (
     pair_lanes,
     round_to,
     row_keys,
+    select_rows,
 )
 
 
@@ -47,7 +48,6 @@ def contract_kernel(
     HAS_DH: tl.constexpr,
     HAS_DROPOUT: tl.constexpr,
     PRECISION: tl.constexpr,
-    INCIDENCE_PRECISION: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -68,7 +68,8 @@ def contract_kernel(
     split_t = split // splits_k
     split_k = split % splits_k
 
-    offs_n = block_n.to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
+    offs_n = block_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    x_columns = offs_n.to(tl.int64)[None, :] * stride_x_n
     offs_r = tl.arange(0, BLOCK_R)
     mask_n = offs_n < N
     start_t = split_t * t_per_split
@@ -84,15 +85,16 @@ def contract_kernel(
 
         acc = tl.zeros((BLOCK_K, BLOCK_N), tl.float32)
         for start in range(start_t, stop_t, BLOCK_T):
-            offs_t = (start + tl.arange(0, BLOCK_T)).to(tl.int64)
+            offs_t = start + tl.arange(0, BLOCK_T)
+            rows = offs_t.to(tl.int64)
             mask_t = offs_t < T
             x = tl.load(
-                x_ptr + offs_t[:, None] * stride_x_t + offs_n[None, :] * stride_x_n,
+                x_ptr + rows[:, None] * stride_x_t + x_columns,
                 mask=mask_t[:, None] & mask_n[None, :],
                 other=0.0,
             )
             if HAS_DROPOUT:
-                key_0, key_1 = row_keys(seed_ptr, offs_t)
+                key_0, key_1 = row_keys(seed_ptr, rows)
                 keep = keep_tile(key_0[:, None], key_1[:, None], offs_n[None, :], drop_threshold)
                 x = tl.where(keep, x, 0.0)
             mask_kt = mask_k[:, None] & mask_t[None, :]
@@ -111,7 +113,7 @@ def contract_kernel(
                 left = round_to(phi, x.dtype)
             else:
                 left = tl.load(
-                    left_ptr + offs_k[:, None] + offs_t[None, :] * stride_left_t,
+                    left_ptr + offs_k[:, None] + rows[None, :] * stride_left_t,
                     mask=mask_kt,
                     other=0.0,
                 )
@@ -136,11 +138,9 @@ def contract_kernel(
             )
         if HAS_DF:
             acc *= load_coefficients(h_ptr, i, j, is_pair, mask_k, R, TERMS)[:, None]
-            to_i = (offs_r[:, None] == i[None, :]).to(tl.float32)
-            df = dot(to_i, acc * f_j, df, INCIDENCE_PRECISION)
+            df = select_rows(offs_r, i, mask_k, acc * f_j, df)
             if TERMS != "linear":
-                to_j = ((offs_r[:, None] == j[None, :]) & is_pair[None, :]).to(tl.float32)
-                df = dot(to_j, acc * f_i, df, INCIDENCE_PRECISION)
+                df = select_rows(offs_r, j, is_pair, acc * f_i, df)
 
     if HAS_DF:
         tl.store(

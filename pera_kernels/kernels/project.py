@@ -52,10 +52,10 @@ def project_kernel(
 
     acc = tl.zeros((BLOCK_T, BLOCK_K), tl.float32)
     for start in range(split * n_per_split, tl.minimum((split + 1) * n_per_split, N), BLOCK_N):
-        offs_n = (start + tl.arange(0, BLOCK_N)).to(tl.int64)
+        offs_n = start + tl.arange(0, BLOCK_N)
         mask_n = offs_n < N
         x = tl.load(
-            x_ptr + offs_t[:, None] * stride_x_t + offs_n[None, :] * stride_x_n,
+            x_ptr + offs_t[:, None] * stride_x_t + offs_n.to(tl.int64)[None, :] * stride_x_n,
             mask=mask_t[:, None] & mask_n[None, :],
             other=0.0,
         )

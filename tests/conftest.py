@@ -1,0 +1,43 @@
+"""Where there is no GPU the Triton kernels run in Triton's interpreter, on CPU tensors."""
+
+import os
+
+import torch
+
+HAS_GPU = torch.cuda.is_available()
+if not HAS_GPU:
+    # Before anything imports the kernels: they are decorated for one mode or the other.
+    os.environ["TRITON_INTERPRET"] = "1"
+
+import pytest  # noqa: E402
+
+from pera_kernels.backends import unavailable  # noqa: E402
+
+
+@pytest.fixture(scope="session")
+def device() -> torch.device:
+    return torch.device("cuda" if HAS_GPU else "cpu")
+
+
+@pytest.fixture(params=["torch", "triton"])
+def backend(request, device) -> str:
+    """Both fast backends; one that cannot run here skips with its reason."""
+    reason = unavailable(request.param, device)
+    if reason is not None:
+        pytest.skip(f"backend {request.param}: {reason}")
+    return request.param
+
+
+@pytest.fixture
+def poison():
+    """Every freshly allocated tensor is filled with NaN (integers with their maximum)."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    assert torch.utils.deterministic.fill_uninitialized_memory
+    assert torch.empty(8).isnan().all()
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture(autouse=True)
+def seeded():
+    torch.manual_seed(0)
