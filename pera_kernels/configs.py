@@ -27,16 +27,28 @@ class Tile:
     num_warps: int
     num_stages: int
 
+    def options(self) -> dict[str, int]:
+        """Launch options. On NVIDIA the register limit is stated to be the hardware's own: left to
+        itself the assembler spills a few bytes to fit one more block on a multiprocessor.
+        """
+        options = {"num_warps": self.num_warps, "num_stages": self.num_stages}
+        return options if torch.version.hip else {**options, "maxnreg": 255}
 
-# Keyed by (kernel, dtype class of the operands). "half" is bfloat16 and float16, "single" float32.
+
+# Keyed by (kernel, dtype class of the operands). "half" is bfloat16 and float16, "mixed" the same
+# over float32 factors (where it differs from "half"), "single" float32.
 GENERIC: dict[tuple[str, str], Tile] = {
     ("project", "half"): Tile(128, 64, 64, 8, 2),
+    ("project", "mixed"): Tile(64, 64, 64, 8, 2),
     ("project", "single"): Tile(32, 32, 32, 4, 2),
     ("accumulate", "half"): Tile(64, 64, 32, 4, 3),
-    ("accumulate", "single"): Tile(32, 32, 32, 4, 2),
+    ("accumulate", "single"): Tile(32, 32, 16, 4, 2),
     # Its expanded-rank block is the rows of the product: 64 of them are one wgmma on Hopper.
     ("contract", "half"): Tile(64, 64, 64, 8, 2),
     ("contract", "single"): Tile(32, 32, 32, 8, 2),
+    # The same kernel with its left side expanded on chip from a factor.
+    ("contract_factor", "half"): Tile(32, 64, 64, 8, 2),
+    ("contract_factor", "single"): Tile(32, 32, 32, 8, 2),
     ("compose", "half"): Tile(64, 64, 32, 4, 2),
     ("compose", "single"): Tile(32, 32, 32, 4, 2),
 }
@@ -45,23 +57,23 @@ GENERIC: dict[tuple[str, str], Tile] = {
 HIP: dict[tuple[str, str], Tile] = {
     **GENERIC,
     ("project", "half"): Tile(64, 64, 64, 4, 2),
+    ("project", "mixed"): Tile(64, 64, 64, 4, 2),
     ("contract", "half"): Tile(64, 64, 64, 4, 2),
+    ("contract_factor", "half"): Tile(64, 64, 64, 4, 2),
 }
 
 # Smallest extent of a tl.dot operand.
 MIN_BLOCK = 16
 
 
-def dtype_class(dtype: torch.dtype) -> str:
-    return "single" if dtype == torch.float32 else "half"
-
-
-def tile_for(kernel: str, dtype: torch.dtype) -> Tile:
-    """The tile of ``kernel`` ("project", "accumulate", "contract", "compose") for operands in
-    ``dtype``.
-    """
+def tile_for(kernel: str, dtype: torch.dtype, factor_dtype: torch.dtype) -> Tile:
+    """The tile of a kernel for operands in ``dtype``, expanded from factors in ``factor_dtype``."""
     table = HIP if torch.version.hip else GENERIC
-    return table[kernel, dtype_class(dtype)]
+    if dtype == torch.float32:
+        return table[kernel, "single"]
+    if factor_dtype == torch.float32 and (kernel, "mixed") in table:
+        return table[kernel, "mixed"]
+    return table[kernel, "half"]
 
 
 def shrink(block: int, size: int) -> int:

@@ -92,7 +92,7 @@ def project(
     factor = addressable(factor)
     (T, N), R = x.shape, factor.shape[0]
     K = expanded_rank(R, terms)
-    tile = configs.tile_for("project", x.dtype)
+    tile = configs.tile_for("project", x.dtype, factor.dtype)
     block_t, block_k = configs.shrink(tile.block_t, T), configs.shrink(tile.block_k, K)
     tiles = triton.cdiv(T, block_t) * triton.cdiv(K, block_k)
     # Drawing the dropout seed is a launch of its own: then no second one for a sum over splits.
@@ -121,8 +121,7 @@ def project(
         BLOCK_T=block_t,
         BLOCK_N=tile.block_n,
         BLOCK_K=block_k,
-        num_warps=tile.num_warps,
-        num_stages=tile.num_stages,
+        **tile.options(),
         **dropout.arguments(),
     )
     if splits > 1:
@@ -144,13 +143,13 @@ def accumulate(
     """out = base + s u (c ∘ φ(factor)): base, out ``(T, M)``, unit last stride, maybe the same."""
     factor = addressable(factor)
     (T, K), (R, M) = u.shape, factor.shape
-    tile = configs.tile_for("accumulate", u.dtype)
+    tile = configs.tile_for("accumulate", u.dtype, factor.dtype)
     block_t, block_k = configs.shrink(tile.block_t, T), configs.shrink(tile.block_k, K)
     accumulate_kernel[(triton.cdiv(T, block_t) * triton.cdiv(M, tile.block_n),)](
         base_ptr=base,
         u_ptr=u,
         f_ptr=factor,
-        h_ptr=h,
+        h_ptr=None if h is None else h.contiguous(),
         y_ptr=out,
         scale=scale,
         keep_scale=dropout.keep_scale,
@@ -169,8 +168,7 @@ def accumulate(
         BLOCK_T=block_t,
         BLOCK_M=tile.block_n,
         BLOCK_K=block_k,
-        num_warps=tile.num_warps,
-        num_stages=tile.num_stages,
+        **tile.options(),
         **dropout.arguments(),
     )
 
@@ -197,7 +195,8 @@ def contract(
     left = addressable(left) if left_is_factor else left
     (T, N), R = x.shape, factor.shape[0]
     K, L = expanded_rank(R, terms), coefficient_count(R, terms)
-    tile = configs.tile_for("contract", x.dtype)
+    kernel = "contract_factor" if left_is_factor else "contract"
+    tile = configs.tile_for(kernel, x.dtype, factor.dtype)
     block_t, block_k = configs.shrink(tile.block_t, T), configs.shrink(tile.block_k, K)
     blocks_n = triton.cdiv(N, tile.block_n)
     processors = configs.processor_count(x.device)
@@ -213,7 +212,7 @@ def contract(
         left_ptr=left,
         x_ptr=x,
         f_ptr=factor,
-        h_ptr=h,
+        h_ptr=None if h is None else h.contiguous(),
         df_ptr=df_out,
         dh_ptr=dh_out,
         scale=scale * dropout.keep_scale,
@@ -243,8 +242,7 @@ def contract(
         BLOCK_T=block_t,
         BLOCK_N=tile.block_n,
         BLOCK_K=block_k,
-        num_warps=tile.num_warps,
-        num_stages=tile.num_stages,
+        **tile.options(),
         **dropout.arguments(),
     )
     if df is not None and df_out is not None and parts > 1:
@@ -267,13 +265,13 @@ def compose(
     A, B = addressable(A), addressable(B)
     (R, N), M = A.shape, B.shape[0]
     w = torch.empty(M, N, dtype=dtype, device=A.device)
-    tile = configs.tile_for("compose", dtype)
+    tile = configs.tile_for("compose", dtype, A.dtype)
     K = expanded_rank(R, terms)
     compose_kernel[(triton.cdiv(M, tile.block_t) * triton.cdiv(N, tile.block_n),)](
         base_ptr=base,
         a_ptr=A,
         b_ptr=B,
-        h_ptr=h,
+        h_ptr=None if h is None else h.contiguous(),
         w_ptr=w,
         scale=scale,
         M=M,
@@ -293,7 +291,6 @@ def compose(
         BLOCK_M=tile.block_t,
         BLOCK_N=tile.block_n,
         BLOCK_K=configs.shrink(tile.block_k, K),
-        num_warps=tile.num_warps,
-        num_stages=tile.num_stages,
+        **tile.options(),
     )
     return w

