@@ -38,6 +38,14 @@ def interpreting() -> bool:
     return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes", "y")
 
 
+def _installed(package: str) -> bool:
+    try:
+        return importlib.util.find_spec(package) is not None
+    except ValueError:
+        # Its import was blocked: sys.modules holds None for it.
+        return False
+
+
 def unavailable(
     backend: str, device: torch.device, dtypes: tuple[torch.dtype, ...] = ()
 ) -> str | None:
@@ -48,7 +56,7 @@ def unavailable(
             return f"it computes in {known}, not in {str(dtype).removeprefix('torch.')}"
     if backend != "triton":
         return None
-    if importlib.util.find_spec("triton") is None:
+    if not _installed("triton"):
         return "the triton package is not installed"
     if device.type == "cpu" and not interpreting():
         return "tensors on cpu need Triton's interpreter: set TRITON_INTERPRET=1 before the import"

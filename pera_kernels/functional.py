@@ -32,7 +32,8 @@ def check_scale(scale: object, name: str = "scale") -> None:
         raise TypeError(
             f"{name} must be a real number; got {scale!r} of type {type(scale).__name__}"
         )
-    if not math.isfinite(scale):
+    # Written as a comparison: torch.compile traces it for a symbolic scale.
+    if not abs(float(scale)) < math.inf:
         raise ValueError(f"{name} must be finite; got {scale!r}")
 
 

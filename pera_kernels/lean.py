@@ -45,10 +45,9 @@ def _expand(
     if h is not None or factor.dtype != dtype:
         factor = factor.to(_at_least_float32(factor.dtype))
     rows = _with_repeats(factor, terms)
-    partners = rows.as_strided((offsets, R, N), (N, N, 1), rows.storage_offset() + first * N)
-    phi = torch.empty(R + offsets * R, N, dtype=rows.dtype, device=rows.device)
-    phi[:R] = rows[:R]
-    torch.mul(rows[:R], partners, out=phi[R:].view(offsets, R, N))
+    partners = rows[first:].as_strided((offsets, R, N), (N, N, 1))
+    phi = rows[:R].repeat(1 + offsets, 1)
+    phi[R:].view(offsets, R, N).mul_(partners)
     phi = phi[: expanded_rank(R, terms)]
     if h is not None:
         to_circular, _ = circular_index(R, terms, factor.device)

@@ -95,7 +95,7 @@ def linear_forward(
 
 @linear_forward.register_fake
 def _(x, weight, bias, base_out, A, B, h, seed, scale, terms, dropout_p, composed):
-    K = 0 if composed else expanded_rank(A.shape[0], terms)
+    K = A.shape[0] + (0 if h is None else h.shape[0])
     u = x.new_empty(0) if composed else x.new_empty(x.shape[:-1].numel(), K)
     return x.new_empty((*x.shape[:-1], B.shape[0])), u
 
