@@ -78,7 +78,9 @@ MODULES = [
 ]
 
 
-@pytest.mark.parametrize("changes, error, words", MODULES, ids=[str(i) for i in range(len(MODULES))])
+@pytest.mark.parametrize(
+    "changes, error, words", MODULES, ids=[str(i) for i in range(len(MODULES))]
+)
 def test_module(changes, error, words):
     with pytest.raises(error, match=words):
         pk.PeraLinear(**{"in_features": 8, "out_features": 6, "r": 2, **changes})

@@ -100,7 +100,9 @@ def test_opcheck_composed(arguments):
     check(ops.linear_backward, p.dy, p.x, None, p.weight, *rest, [True] * 4)
 
 
-@pytest.mark.parametrize("needs", [[True] * 4, [False, True, False, False], [True, False, True, True]])
+@pytest.mark.parametrize(
+    "needs", [[True] * 4, [False, True, False, False], [True, False, True, True]]
+)
 def test_opcheck_linear_backward(needs, arguments):
     p, seed, u = arguments
     rest = (p.A, p.B, p.h, seed, 0.5, "full", 0.3, False, needs)

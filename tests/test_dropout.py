@@ -9,7 +9,7 @@ from pera_kernels.dropout import draw_seed, keep_mask
 
 
 def test_triton_kernels_draw_the_bits_of_the_definition(device):
-    """With A one-hot the projection copies columns of the dropped input: the mask, element by element."""
+    """With A the identity the projection is the dropped input: the mask, element by element."""
     if (reason := unavailable("triton", device)) is not None:
         pytest.skip(reason)
     from pera_kernels import launch

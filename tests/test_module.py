@@ -233,7 +233,14 @@ def test_to_moves_the_adapter_and_the_kept_base():
 
 def test_repr_says_what_it_is():
     text = repr(pk.PeraLinear(20, 12, r=3, alpha=6, terms="square", dropout=0.1))
-    for part in ("in_features=20", "r=3", "alpha=6", "terms='square'", "dropout=0.1", "merged=False"):
+    for part in (
+        "in_features=20",
+        "r=3",
+        "alpha=6",
+        "terms='square'",
+        "dropout=0.1",
+        "merged=False",
+    ):
         assert part in text
 
 

@@ -98,9 +98,7 @@ def same_as_contiguous(x, make_view, backend, device, terms="full"):
         view = make_view(leaves[0])
         view = view.contiguous() if contiguous else view
         assert view.is_contiguous() == contiguous
-        y = pk.pera_linear(
-            view, weight.to(device), *leaves[1:], terms=terms, backend=backend
-        )
+        y = pk.pera_linear(view, weight.to(device), *leaves[1:], terms=terms, backend=backend)
         assert y.shape == (*view.shape[:-1], M)
         gradients = torch.autograd.grad(y.square().sum(), leaves)
         results.append([y, *gradients])

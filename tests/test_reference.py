@@ -1,4 +1,4 @@
-"""The specification against the definition written out by hand, and against the released formula."""
+"""The specification against the definition written out, and against the released formula."""
 
 import pytest
 import torch
@@ -41,7 +41,7 @@ def test_pera_linear_is_a_linear_layer_with_delta(terms):
 
 
 def test_released_formula():
-    """The released code's expansion: all products, upper triangle gathered, h between the factors."""
+    """The released expansion: all products, upper triangle gathered, h between the factors."""
     x, weight, _, A, B, h = problem(6, "full")
     row, column = torch.triu_indices(6, 6)
     products_A = torch.einsum("in,jn->ijn", A, A)[row, column]

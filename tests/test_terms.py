@@ -14,7 +14,9 @@ def test_expanded_rank_matches_the_paper_at_rank_16(kind, expected):
     assert pk.expanded_rank(16, kind) == expected
 
 
-@pytest.mark.parametrize("r, expected", [(4, 14), (8, 44), (16, 152), (20, 230), (24, 324), (32, 560)])
+@pytest.mark.parametrize(
+    "r, expected", [(4, 14), (8, 44), (16, 152), (20, 230), (24, 324), (32, 560)]
+)
 def test_full_rank_bound(r, expected):
     assert pk.expanded_rank(r) == expected == 2 * r + r * (r - 1) // 2
 
