@@ -6,13 +6,15 @@ import math
 import re
 from collections.abc import Iterator, Sequence
 from numbers import Real
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
 
 from .module import PeraLinear, check_adapter_options
 from .terms import Terms
+
+ModelT = TypeVar("ModelT", bound=nn.Module)
 
 __all__ = ["adapted_modules", "adapter_parameters", "inject", "parameter_groups"]
 
@@ -74,7 +76,7 @@ def _targets(
 
 
 def inject(
-    model: nn.Module,
+    model: ModelT,
     target_modules: Sequence[str] | str,
     r: int = 16,
     *,
@@ -85,7 +87,7 @@ def inject(
     adapter_dtype: torch.dtype | None = None,
     backend: str = "auto",
     plan: str = "auto",
-) -> nn.Module:
+) -> ModelT:
     """Replace linear layers of ``model`` by :class:`PeraLinear` in place and freeze everything
     else.
 

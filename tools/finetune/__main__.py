@@ -1,0 +1,194 @@
+"""`python -m tools.finetune`: pretrain once, adapt with each method, compare."""
+
+import argparse
+import math
+import signal
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import FrameType
+from typing import NoReturn
+
+import torch
+
+from tools.finetune.data import CorpusError, load_corpora
+from tools.finetune.job import Job
+from tools.finetune.report import print_report
+from tools.finetune.train import TERMS, Settings, Terms
+
+# A product of two entries of A is near 1 / (3 in_features), so h must move further than A and B;
+# 30 to 300 times did about equally well at the default size, 1000 times and more did worse.
+LR_H_MULTIPLE = 100
+EXAMPLES = """
+examples:
+  python -m tools.finetune
+  python -m tools.finetune --terms linear,full --rank 8
+  python -m tools.finetune --lr 5e-3 --lr-h 50 --seed 1 --out seed1
+  python -m tools.finetune --steps 20 --pretrain-steps 20 --out quick
+  python -m tools.finetune.report finetune_out/results.json --markdown
+"""
+
+
+class OneLineParser(argparse.ArgumentParser):
+    """Says what is wrong in one line, without the usage."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: error: {message}\n")
+
+
+def whole_number(minimum: int) -> Callable[[str], int]:
+    """A parser of whole numbers from `minimum`."""
+
+    def parse(text: str) -> int:
+        if not (text.isdecimal() and minimum <= int(text) < 2**63):
+            raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from {minimum}")
+        return int(text)
+
+    return parse
+
+
+def learning_rate(text: str) -> float:
+    """A positive finite number."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not 0 < value < math.inf:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a positive number")
+    return value
+
+
+def term_names(text: str) -> tuple[Terms, ...]:
+    """Names from `TERMS`, separated by commas."""
+    names = text.split(",")
+    for name in names:
+        if name not in TERMS:
+            raise argparse.ArgumentTypeError(f"{name!r} is none of {', '.join(TERMS)}")
+    return tuple(terms for terms in TERMS if terms in names)
+
+
+def device_name(text: str) -> torch.device:
+    """The CPU or a CUDA device that is there; "auto" prefers CUDA."""
+    if text == "auto":
+        text = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(text)
+    except RuntimeError:
+        raise argparse.ArgumentTypeError(f"{text!r} is none of auto, cpu, cuda, cuda:N") from None
+    if device.type not in ("cpu", "cuda"):
+        raise argparse.ArgumentTypeError(f"{text!r} is none of auto, cpu, cuda, cuda:N")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise argparse.ArgumentTypeError(
+            f"there is no {text!r} here: PyTorch sees {torch.cuda.device_count()} CUDA devices"
+        )
+    return device
+
+
+def build_parser() -> OneLineParser:
+    parser = OneLineParser(
+        prog="python -m tools.finetune",
+        description="Train a small byte-level transformer on the source of Python's standard\n"
+        "library, freeze it, adapt it to the English of Python's help topics with LoRA and\n"
+        "with PERA from one seed and in one data order, and compare.",
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    count = whole_number(1)
+    add = parser.add_argument
+    add("--rank", type=count, default=4, help="rank of the adapters (default: %(default)s)")
+    add(
+        "--terms",
+        type=term_names,
+        default="linear,square,full",
+        help=f"which adapters to train, of {','.join(TERMS)}; linear is LoRA, at this rank and "
+        "with as many parameters as PERA; full is trained with h at --lr too "
+        "(default: %(default)s)",
+    )
+    add("--steps", type=count, default=300, help="steps of adaptation (default: %(default)s)")
+    add(
+        "--pretrain-steps",
+        type=count,
+        default=700,
+        help="steps of training the base model (default: %(default)s)",
+    )
+    add("--batch", type=count, default=8, help="windows of 128 bytes a step (default: %(default)s)")
+    add(
+        "--lr",
+        type=learning_rate,
+        default=1.5e-2,
+        help="learning rate of A and B (default: %(default)s)",
+    )
+    add(
+        "--lr-h",
+        type=learning_rate,
+        help="learning rate of the coefficients h, not a multiple "
+        f"(default: {LR_H_MULTIPLE} times --lr)",
+    )
+    add(
+        "--device",
+        type=device_name,
+        default="auto",
+        help="auto, cpu, cuda or cuda:N (default: cuda where there is one)",
+    )
+    add(
+        "--threads",
+        type=count,
+        default=1,
+        help="CPU threads; more can be a little faster, and much slower on a busy computer "
+        "(default: %(default)s)",
+    )
+    add("--seed", type=whole_number(0), default=0, help="seed of everything (default: %(default)s)")
+    add(
+        "--out",
+        type=Path,
+        default=Path("finetune_out"),
+        help="folder for results.json, loss.png and adapter_*.pt (default: %(default)s)",
+    )
+    return parser
+
+
+def interrupt(number: int, frame: FrameType | None) -> NoReturn:
+    """Makes SIGTERM end the job the way that Ctrl-C does."""
+    raise KeyboardInterrupt
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """The exit status: 0, 1 without the texts, 2 for bad options, 130 after an interrupt."""
+    parser = build_parser()
+    options = parser.parse_args(arguments)
+    settings = Settings(
+        rank=options.rank,
+        terms=options.terms,
+        steps=options.steps,
+        pretrain_steps=options.pretrain_steps,
+        batch=options.batch,
+        lr=options.lr,
+        lr_h=options.lr_h or LR_H_MULTIPLE * options.lr,
+        seed=options.seed,
+    )
+    try:
+        options.out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        parser.error(f"argument --out: cannot make {options.out}: {error.strerror}")
+    try:
+        corpora = load_corpora()
+    except CorpusError as error:
+        parser.exit(1, f"{parser.prog}: error: {error}\n")
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, interrupt)
+    torch.set_num_threads(options.threads)
+    job = Job(settings, options.device, options.out, corpora)
+    try:
+        job.train()
+    except KeyboardInterrupt:
+        print(f"\nInterrupted: what was trained so far is in {options.out}", file=sys.stderr)
+        return 130
+    finally:
+        job.plot()
+    print_report(job.results())
+    print(f"Written to {options.out}: results.json, loss.png and the adapters")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

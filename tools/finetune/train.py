@@ -1,0 +1,223 @@
+"""Pretraining, and adaptation with one method at a time."""
+
+import copy
+import math
+import statistics
+from dataclasses import dataclass, field
+from typing import Any, Literal, get_args
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from tqdm import tqdm
+
+import pera_kernels as pk
+from tools.finetune.data import consecutive_windows, random_batch
+from tools.finetune.measure import bits_per_byte, merge_check, now, peak_memory
+from tools.finetune.model import TARGET_MODULES, ByteTransformer
+
+Terms = Literal["linear", "square", "cross", "full"]
+TERMS: tuple[Terms, ...] = get_args(Terms)
+PRETRAIN_LR = 3e-3
+PRETRAIN_BETAS = (0.9, 0.95)
+WARMUP_STEPS = 20
+HELD_OUT_POINTS = 4
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Everything that decides a result, as given on the command line."""
+
+    rank: int
+    terms: tuple[Terms, ...]
+    steps: int
+    pretrain_steps: int
+    batch: int
+    lr: float
+    lr_h: float
+    seed: int
+
+
+@dataclass(frozen=True)
+class Method:
+    """One row of the comparison; `lr_h` is None where there are no coefficients."""
+
+    key: str
+    label: str
+    terms: Terms
+    rank: int
+    lr_h: float | None
+
+
+@dataclass
+class Run:
+    """What one training run leaves behind, as JSON values.
+
+    `status` becomes "finished" or "diverged" at the end; `loss` is in bits per byte, one value
+    per step; `held_out` pairs a number of steps with bits per byte on the held-out text.
+    """
+
+    key: str
+    label: str
+    status: str = "interrupted"
+    loss: list[float] = field(default_factory=list)
+    held_out: list[tuple[int, float]] = field(default_factory=list)
+    step_ms: list[float] = field(default_factory=list)
+    metrics: dict[str, Any] = field(default_factory=dict)
+
+
+def methods_to_compare(settings: Settings, model: nn.Module) -> list[Method]:
+    """The methods that `settings.terms` asks for, all to start from the same `model`."""
+    rank, lr_h = settings.rank, settings.lr_h
+    matched = matching_linear_rank(model, rank)
+    methods = [
+        Method("lora", "LoRA", "linear", rank, None),
+        Method("lora_matched", "LoRA, no fewer parameters", "linear", matched, None),
+        Method("pera_square", "PERA square-only", "square", rank, lr_h),
+        Method("pera_cross", "PERA cross-only", "cross", rank, lr_h),
+        Method("pera_full", "PERA full", "full", rank, lr_h),
+        Method("pera_full_common_lr", "PERA full, h at the same lr", "full", rank, settings.lr),
+    ]
+    return [method for method in methods if method.terms in settings.terms]
+
+
+def matching_linear_rank(model: nn.Module, rank: int) -> int:
+    """The smallest LoRA rank with at least the trainable parameters of full PERA at `rank`."""
+    layers = [
+        module
+        for name, module in model.named_modules()
+        if name.rpartition(".")[2] in TARGET_MODULES and isinstance(module, nn.Linear)
+    ]
+    per_rank = sum(layer.in_features + layer.out_features for layer in layers)
+    coefficients = len(layers) * rank * (rank + 1) // 2
+    return rank + math.ceil(coefficients / per_rank)
+
+
+def fit(
+    model: ByteTransformer,
+    optimizer: torch.optim.Optimizer,
+    tokens: Tensor,
+    held_out: Tensor,
+    run: Run,
+    steps: int,
+    settings: Settings,
+) -> None:
+    """Trains on random windows of `tokens` (length,), writing into `run` as it goes.
+
+    `held_out` is (W, context + 1). The order of the training windows depends on the seed only.
+    A loss that is not finite ends the run, which is then "diverged".
+    """
+    device = held_out.device
+    generator = torch.Generator().manual_seed(settings.seed)
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda step: warmup_then_cosine(step, steps)
+    )
+    evaluated = {round(steps * point / HELD_OUT_POINTS) for point in range(HELD_OUT_POINTS)}
+    with tqdm(range(steps), desc=run.label, unit="step", dynamic_ncols=True) as progress:
+        for step in progress:
+            if step in evaluated:
+                run.held_out.append((step, bits_per_byte(model, held_out)))
+            batch = random_batch(tokens, settings.batch, model.context, generator)
+            inputs, targets = (part.to(device) for part in batch)
+            started = now(device)
+            loss = F.cross_entropy(model(inputs).flatten(0, 1), targets.flatten())
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            run.step_ms.append(1000 * (now(device) - started))
+            schedule.step()
+            bits = loss.item() / math.log(2)
+            if not math.isfinite(bits):
+                run.status = "diverged"
+                return
+            run.loss.append(bits)
+            progress.set_postfix_str(f"{bits:.3f} bits/byte", refresh=False)
+    run.held_out.append((steps, bits_per_byte(model, held_out)))
+    if not math.isfinite(run.held_out[-1][1]):
+        run.status = "diverged"
+
+
+def warmup_then_cosine(step: int, steps: int) -> float:
+    """Factor on every group's learning rate: a linear warm-up, then half a cosine to zero."""
+    warmup = min(WARMUP_STEPS, steps)
+    if step < warmup:
+        return (step + 1) / warmup
+    return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
+
+
+class Pretraining:
+    """The base model, trained on `source` and then frozen."""
+
+    def __init__(self, settings: Settings, device: torch.device) -> None:
+        self.settings = settings
+        self.run = Run("base", "Pretraining")
+        torch.manual_seed(settings.seed)
+        self.model = ByteTransformer().to(device)
+        self.run.metrics["parameters"] = sum(p.numel() for p in self.model.parameters())
+
+    def train(self, source: Tensor, held_out: Tensor) -> None:
+        """Trains on `source` (length,); `held_out` (W, context + 1) is the text to come."""
+        optimizer = torch.optim.AdamW(self.model.parameters(), lr=PRETRAIN_LR, betas=PRETRAIN_BETAS)
+        steps = self.settings.pretrain_steps
+        fit(self.model, optimizer, source, held_out, self.run, steps, self.settings)
+        self.model.requires_grad_(False)
+        if self.run.status == "diverged":
+            raise RuntimeError("the pretraining diverged: there is nothing to adapt")
+        self.run.metrics["held_out_bits_per_byte"] = self.run.held_out[-1][1]
+        self.run.status = "finished"
+
+
+class Adaptation:
+    """One method on its own copy of the frozen base model."""
+
+    def __init__(self, base: ByteTransformer, method: Method, settings: Settings) -> None:
+        self.method = method
+        self.settings = settings
+        self.run = Run(method.key, method.label)
+        # The same seed at the same rank is the same A for every method; B starts at zero.
+        torch.manual_seed(settings.seed)
+        self.model = copy.deepcopy(base)
+        pk.inject(
+            self.model,
+            target_modules=TARGET_MODULES,
+            r=method.rank,
+            terms=method.terms,
+            alpha=method.rank,
+        )
+        self.run.metrics.update(
+            terms=method.terms,
+            rank=method.rank,
+            lr_h=method.lr_h,
+            trainable_parameters=sum(p.numel() for p in pk.adapter_parameters(self.model)),
+        )
+
+    def train(self, training: Tensor, held_out: Tensor) -> None:
+        """Trains on `training` (length,), then measures it; `held_out` is (W, context + 1)."""
+        settings, device, metrics = self.settings, held_out.device, self.run.metrics
+        optimizer = torch.optim.AdamW(
+            pk.parameter_groups(self.model, settings.lr, lr_h=self.method.lr_h, weight_decay=0.0)
+        )
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(device)
+        fit(self.model, optimizer, training, held_out, self.run, settings.steps, settings)
+        metrics["step_ms"] = statistics.median(self.run.step_ms)
+        metrics["peak_memory_bytes"] = peak_memory(device)
+        if self.run.status == "diverged":
+            return
+        seen = consecutive_windows(training, self.model.context, len(held_out)).to(device)
+        shares = [
+            float(layer.quadratic_share()) for layer in pk.adapted_modules(self.model).values()
+        ]
+        metrics["training_bits_per_byte"] = bits_per_byte(self.model, seen)
+        metrics["held_out_bits_per_byte"] = self.run.held_out[-1][1]
+        metrics["quadratic_share"] = statistics.fmean(shares)
+        metrics.update(merge_check(self.model, held_out))
+        self.run.status = "finished"
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The trainable tensors by their names in the model's state dict, on the CPU."""
+        return {
+            name: parameter.detach().cpu()
+            for name, parameter in self.model.named_parameters()
+            if parameter.requires_grad
+        }
