@@ -40,7 +40,7 @@ class Tile:
 GENERIC: dict[tuple[str, str], Tile] = {
     ("project", "half"): Tile(128, 64, 64, 8, 2),
     ("project", "mixed"): Tile(64, 64, 64, 8, 2),
-    ("project", "single"): Tile(32, 32, 32, 4, 2),
+    ("project", "single"): Tile(32, 16, 32, 4, 2),
     ("accumulate", "half"): Tile(64, 64, 32, 4, 3),
     ("accumulate", "single"): Tile(32, 32, 16, 4, 2),
     # Its expanded-rank block is the rows of the product: 64 of them are one wgmma on Hopper.
@@ -50,6 +50,7 @@ GENERIC: dict[tuple[str, str], Tile] = {
     ("contract_factor", "half"): Tile(32, 64, 64, 8, 2),
     ("contract_factor", "single"): Tile(32, 32, 32, 8, 2),
     ("compose", "half"): Tile(64, 64, 32, 4, 2),
+    ("compose", "mixed"): Tile(64, 64, 32, 8, 2),
     ("compose", "single"): Tile(32, 32, 32, 4, 2),
 }
 
