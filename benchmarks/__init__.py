@@ -1,0 +1,1 @@
+"""Time PERA layers beside the frozen linear layer they adapt: ``python -m benchmarks``."""

@@ -1,0 +1,249 @@
+"""How it is timed: contenders take turns in every round, on inputs too many for the cache."""
+
+from __future__ import annotations
+
+import gc
+import itertools
+import math
+import random
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
+
+import torch
+
+from tools.numerics import Inputs
+
+from .contenders import FROZEN, Layer
+
+__all__ = ["PHASES", "Timing", "input_sets", "peak_mib", "phase_call", "saved_mib", "time_phase"]
+
+PHASES = ("forward", "backward", "both")
+
+# A sample is this long, of as many calls as that takes.
+SAMPLE_MS = 2.0
+MAX_CALLS = 100
+# Where the frozen layer is faster than this, launches cost as much as the work.
+GRAPH_BELOW_MS = 0.2
+# Inputs are rotated past this many times the last-level cache; tiny layers stop at MAX_SETS.
+CACHE_MULTIPLE = 3
+MAX_SETS = 64
+CPU_CACHE_BYTES = 32 * 2**20
+
+
+@dataclass
+class Timing:
+    """One contender in one phase: milliseconds per call by round, ``graph`` if replayed."""
+
+    name: str
+    graph: bool
+    note: str = ""
+    samples: list[float] = field(default_factory=list)
+
+    @property
+    def median(self) -> float:
+        return statistics.median(self.samples)
+
+    @property
+    def spread(self) -> tuple[float, float]:
+        """The 20th and the 80th percentile."""
+        fifths = statistics.quantiles(self.samples, n=5, method="inclusive")
+        return fifths[0], fifths[3]
+
+    def ratio_to(self, other: Timing) -> float:
+        """The median over rounds of this time over the other's in the same round."""
+        pairs = zip(self.samples, other.samples, strict=True)
+        return statistics.median(mine / theirs for mine, theirs in pairs)
+
+
+def _cache_bytes(device: torch.device) -> int:
+    if device.type == "cpu":
+        return CPU_CACHE_BYTES
+    return torch.cuda.get_device_properties(device).L2_cache_size
+
+
+def input_sets(inputs: Inputs, device: torch.device) -> list[Inputs]:
+    """Copies of the inputs in as many places as it takes to miss the cache, x as a leaf."""
+    # A forward reads at least these two.
+    touched = max(1, inputs.x.nbytes + inputs.weight.nbytes)
+    count = min(MAX_SETS, math.ceil(CACHE_MULTIPLE * _cache_bytes(device) / touched))
+    return [
+        replace(
+            inputs,
+            x=inputs.x.detach().clone().requires_grad_(),
+            weight=inputs.weight.clone(),
+            dy=inputs.dy.clone(),
+        )
+        for _ in range(count)
+    ]
+
+
+def phase_call(layer: Layer, inputs: Inputs, phase: str) -> Callable[[], object]:
+    """A call of one phase, as in training; a backward runs again and again over one forward."""
+    module, x, dy = layer.module, inputs.x, inputs.dy
+    leaves = [x, *layer.trains.values()]
+    if phase == "forward":
+        return lambda: module(x)
+    if phase == "both":
+        return lambda: torch.autograd.grad(module(x), leaves, dy)
+    y = module(x)
+    return lambda: torch.autograd.grad(y, leaves, dy, retain_graph=True)
+
+
+def saved_mib(layer: Layer, inputs: Inputs) -> float:
+    """What the forward keeps for the backward besides inputs and parameters, in storages."""
+    given = [*layer.module.parameters(), *layer.module.buffers(), inputs.x, inputs.dy]
+    known = {tensor.untyped_storage().data_ptr() for tensor in given}
+    kept: dict[int, int] = {}
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in known:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    # y lives until all is counted: no storage's address is given out twice.
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        y = layer.module(inputs.x)
+    del y
+    return sum(kept.values()) / 2**20
+
+
+def peak_mib(layer: Layer, inputs: Inputs, phase: str, device: torch.device) -> float | None:
+    """The most memory one call holds above inputs and parameters; None where nothing counts it.
+
+    In the backward that includes the output and what the forward kept.
+    """
+    if device.type != "cuda":
+        return None
+    # Libraries allocate their workspaces in the first call.
+    phase_call(layer, inputs, phase)()
+    torch.cuda.synchronize(device)
+    before = torch.cuda.memory_allocated(device)
+    call = phase_call(layer, inputs, phase)
+    torch.cuda.reset_peak_memory_stats(device)
+    call()
+    torch.cuda.synchronize(device)
+    return (torch.cuda.max_memory_allocated(device) - before) / 2**20
+
+
+def _synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def _warm_up(calls: list[Callable[[], object]], device: torch.device) -> float:
+    """Call everything once, and at least three times in all; milliseconds of a call after that."""
+    for call in itertools.islice(itertools.cycle(calls), max(3, len(calls))):
+        call()
+    _synchronize(device)
+    start = time.perf_counter()
+    for call in itertools.islice(itertools.cycle(calls), 3):
+        call()
+    _synchronize(device)
+    return (time.perf_counter() - start) * 1e3 / 3
+
+
+def _cpu_sampler(calls: Iterator[Callable[[], object]], repeats: int) -> Callable[[], float]:
+    def sample() -> float:
+        # One call that is not timed sweeps out what the contender before left behind.
+        next(calls)()
+        start = time.perf_counter()
+        for _ in range(repeats):
+            next(calls)()
+        return (time.perf_counter() - start) * 1e3 / repeats
+
+    return sample
+
+
+def _cuda_sampler(run: Callable[[], object], repeats: int, per_run: int) -> Callable[[], float]:
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+
+    def sample() -> float:
+        # One run that is not timed keeps the GPU busy while the timed ones are launched.
+        run()
+        start.record()
+        for _ in range(repeats):
+            run()
+        end.record()
+        end.synchronize()
+        return start.elapsed_time(end) / (repeats * per_run)
+
+    return sample
+
+
+def _capture(calls: list[Callable[[], object]], count: int) -> torch.cuda.CUDAGraph:
+    """``count`` calls in one CUDA graph, on the current stream, where they were warmed up.
+
+    That must not be the default stream, which cannot capture; autograd runs a backward on the
+    stream of its forward, so both have to be on this one.
+    """
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, stream=torch.cuda.current_stream()):
+        for call in itertools.islice(itertools.cycle(calls), count):
+            call()
+    return graph
+
+
+def time_phase(
+    layers: dict[str, list[Layer]],
+    sets: list[Inputs],
+    phase: str,
+    *,
+    rounds: int,
+    device: torch.device,
+    capturable: frozenset[str] = frozenset(),
+) -> list[Timing]:
+    """Time every contender of ``layers`` (one layer per input set), the frozen one among them.
+
+    On CUDA, where the frozen layer is short, those ``capturable`` are replayed as CUDA graphs; if
+    some are not, the frozen layer is timed both ways, so that each is compared with its like.
+    """
+    gc.collect()
+    calls: dict[str, list[Callable[[], object]]] = {}
+    cost: dict[str, float] = {}
+    for name, own in layers.items():
+        pairs = zip(own, sets, strict=True)
+        calls[name] = [phase_call(layer, inputs, phase) for layer, inputs in pairs]
+        cost[name] = _warm_up(calls[name], device)
+
+    short = device.type == "cuda" and cost[FROZEN] < GRAPH_BELOW_MS
+    turns: list[tuple[Timing, Callable[[], float]]] = []
+    eager = dict.fromkeys(layers, "")
+    for name in layers if short else ():
+        if name in capturable:
+            fill = SAMPLE_MS / (cost[name] * len(sets))
+            count = len(sets) * max(1, math.ceil(min(fill, MAX_CALLS / len(sets))))
+            try:
+                graph = _capture(calls[name], count)
+            except RuntimeError as error:
+                eager[name] = f"no CUDA graph: {error!r}".splitlines()[0]
+            else:
+                turns.append((Timing(name, True), _cuda_sampler(graph.replay, 1, count)))
+                del eager[name]
+    if eager and FROZEN not in eager:
+        eager[FROZEN] = ""
+
+    turn = itertools.count()
+    for name, note in eager.items():
+        # All contenders draw on one counter: nobody is handed what the one before just read.
+        rotation = (own[next(turn) % len(own)] for own in itertools.repeat(calls[name]))
+        repeats = max(1, min(MAX_CALLS, math.ceil(SAMPLE_MS / cost[name])))
+        if device.type == "cpu":
+            sample = _cpu_sampler(rotation, repeats)
+        else:
+            sample = _cuda_sampler(lambda rotation=rotation: next(rotation)(), repeats, 1)  # type: ignore[misc]
+        turns.append((Timing(name, False, note), sample))
+
+    shuffled, order = turns.copy(), random.Random(0)
+    gc.disable()
+    try:
+        for _ in range(rounds):
+            # Nobody always follows the same one, whose traces differ from another's.
+            order.shuffle(shuffled)
+            for timing, sample in shuffled:
+                timing.samples.append(sample())
+    finally:
+        gc.enable()
+    return [timing for timing, _ in turns]
