@@ -109,7 +109,7 @@ class Task:
 def plan(request: Request) -> list[Task]:
     """The tasks of a request, ordered as the table is: op, dtype, terms, rank."""
     tasks = []
-    for at_op, op in enumerate(request.used_ops):
+    for op in request.used_ops:
         for at_dtype, dtype in enumerate(request.dtypes):
             if not _applies(op, dtype):
                 continue
@@ -122,7 +122,7 @@ def plan(request: Request) -> list[Task]:
                         backends = tuple(b for b in backends if b != "triton")
                     shapes = request.used_shapes
                     if request.rotates_shapes:
-                        shapes = (_shape_in_turn(request, r, turn + at_terms + at_op),)
+                        shapes = (_shape_in_turn(request, r, turn + at_terms),)
                     for T, N, M in shapes:
                         case = Case(
                             terms=cast(Terms, terms),
