@@ -9,16 +9,20 @@ ranks pool several draws of the inputs, and a failure by a handful of values is 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import platform
 import re
 import shutil
+import signal
 import sys
+import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from importlib import metadata
 from pathlib import Path
+from types import FrameType
 from typing import Any, NoReturn
 
 import torch
@@ -174,6 +178,23 @@ class Progress:
             print(f"\r{text[:width]:<{width}}\r", end="", file=sys.stderr, flush=True)
 
 
+@contextlib.contextmanager
+def _stoppable() -> Iterator[None]:
+    """A time limit's SIGTERM is an interruption too: what was measured is still reported."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def stop(number: int, frame: FrameType | None) -> NoReturn:
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     parser = _parser()
     given = parser.parse_args(argv)
@@ -228,9 +249,10 @@ def _run(request: Request, tasks: Sequence[Any], jobs: int, given: argparse.Name
     found: list[Row] = []
     interrupted = False
     try:
-        for group in measure(tasks, device, jobs):
-            found += group
-            progress(group)
+        with _stoppable():
+            for group in measure(tasks, device, jobs):
+                found += group
+                progress(group)
     except KeyboardInterrupt:
         interrupted = True
     wall = time.perf_counter() - start

@@ -183,6 +183,7 @@ def measure(tasks: Sequence[Task], device: str, jobs: int) -> Iterator[list[Row]
         finally:
             torch.set_num_threads(before)
         return
+    others = set(multiprocessing.active_children())
     pool = ProcessPoolExecutor(
         min(jobs, len(work)),
         mp_context=multiprocessing.get_context("spawn"),
@@ -192,8 +193,14 @@ def measure(tasks: Sequence[Task], device: str, jobs: int) -> Iterator[list[Row]
         pending = {pool.submit(_run_group, group, device): group for group in work}
         for future in as_completed(pending):
             yield _result(future, pending[future])
-    finally:
-        pool.shutdown(cancel_futures=True)
+    except BaseException:
+        # Interrupted: nobody wants to wait for what is under way.
+        pool.shutdown(wait=False, cancel_futures=True)
+        for child in set(multiprocessing.active_children()) - others:
+            child.terminate()
+        pool.shutdown()
+        raise
+    pool.shutdown()
 
 
 def _result(future: Future[list[Row]], group: Sequence[Task]) -> list[Row]:
