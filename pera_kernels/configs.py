@@ -1,24 +1,46 @@
-"""Tile sizes per kernel and dtype class, and how work is split when there are too few tiles.
+"""Tile sizes per kernel, dtype class and GPU, and how work is split when there are too few tiles.
 
-One generic table is known to compile without spills on every architecture the project checks
-(``python -m tools.compile_report``). Nothing is searched at run time.
+The tables are the files in ``tiles/``: one generic, known to compile without spills on every
+architecture the project checks (``python -m tools.compile_report``), and one for each architecture
+with entries of its own. ``python -m tools.tune`` writes them; each says what it rests on. Nothing
+is searched at run time.
 """
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 from functools import lru_cache
+from pathlib import Path
+from typing import Any
 
 import torch
 
-__all__ = ["GENERIC", "HIP", "Tile", "processor_count", "tile_for"]
+__all__ = ["TABLES", "Tile", "architecture", "load_table", "processor_count", "tile_for"]
+
+TABLES = Path(__file__).parent / "tiles"
+GENERIC = "generic"
+
+# Kernel variants with a tile of their own; "_expanded" ones read an expansion from memory.
+KERNELS = (
+    "expand",
+    "project",
+    "project_expanded",
+    "accumulate",
+    "contract",
+    "compose",
+)
+# "half" is bfloat16 and float16, "mixed" the same over float32 factors (where it differs from
+# "half"), "single" float32.
+CLASSES = ("half", "mixed", "single")
 
 
 @dataclass(frozen=True)
 class Tile:
     """Block sizes along tokens, features and expanded rank, and the launch's warps and stages.
 
-    For ``compose`` the token axis is that of the out features.
+    For ``compose`` the token axis is that of the out features; ``expand`` has none. A program holds
+    at most ``pieces`` accumulators of ``block_k`` lanes.
     """
 
     block_t: int
@@ -26,6 +48,7 @@ class Tile:
     block_k: int
     num_warps: int
     num_stages: int
+    pieces: int = 1
 
     def options(self) -> dict[str, int]:
         """Launch options. On NVIDIA the register limit is stated to be the hardware's own: left to
@@ -35,41 +58,44 @@ class Tile:
         return options if torch.version.hip else {**options, "maxnreg": 255}
 
 
-# Keyed by (kernel, dtype class of the operands). "half" is bfloat16 and float16, "mixed" the same
-# over float32 factors (where it differs from "half"), "single" float32.
-GENERIC: dict[tuple[str, str], Tile] = {
-    ("project", "half"): Tile(128, 64, 64, 8, 2),
-    ("project", "mixed"): Tile(64, 64, 64, 8, 2),
-    ("project", "single"): Tile(32, 16, 32, 4, 2),
-    ("accumulate", "half"): Tile(64, 64, 32, 4, 3),
-    ("accumulate", "single"): Tile(32, 32, 16, 4, 2),
-    # Its expanded-rank block is the rows of the product: 64 of them are one wgmma on Hopper.
-    ("contract", "half"): Tile(64, 64, 64, 8, 2),
-    ("contract", "single"): Tile(32, 32, 32, 8, 2),
-    # The same kernel with its left side expanded on chip from a factor.
-    ("contract_factor", "half"): Tile(32, 64, 64, 8, 2),
-    ("contract_factor", "single"): Tile(32, 32, 32, 8, 2),
-    ("compose", "half"): Tile(64, 64, 32, 4, 2),
-    ("compose", "mixed"): Tile(64, 64, 32, 8, 2),
-    ("compose", "single"): Tile(32, 32, 32, 4, 2),
-}
-
-# AMD: 64 KiB of shared memory and wavefronts of 64, so fewer warps and stages.
-HIP: dict[tuple[str, str], Tile] = {
-    **GENERIC,
-    ("project", "half"): Tile(64, 64, 64, 4, 2),
-    ("project", "mixed"): Tile(64, 64, 64, 4, 2),
-    ("contract", "half"): Tile(64, 64, 64, 4, 2),
-    ("contract_factor", "half"): Tile(64, 64, 64, 4, 2),
-}
-
 # Smallest extent of a tl.dot operand.
 MIN_BLOCK = 16
 
 
-def tile_for(kernel: str, dtype: torch.dtype, factor_dtype: torch.dtype) -> Tile:
+@lru_cache(maxsize=32)
+def architecture(device: torch.device) -> str:
+    """The name of the GPU's table, such as ``"sm_90"``; ``"generic"`` where it has none.
+
+    That is also for smaller chips of a generation: they have less shared memory.
+    """
+    if device.type != "cuda":
+        return GENERIC
+    properties = torch.cuda.get_device_properties(device)
+    if torch.version.hip:
+        name = str(properties.gcnArchName).partition(":")[0]
+        return name if (TABLES / f"{name}.json").exists() else "gfx942"
+    name = f"sm_{properties.major}{properties.minor}"
+    return name if (TABLES / f"{name}.json").exists() else GENERIC
+
+
+@lru_cache(maxsize=32)
+def load_table(name: str) -> dict[tuple[str, str], Tile]:
+    """A table by (kernel, dtype class), over the generic one."""
+    own: dict[str, Any] = json.loads((TABLES / f"{name}.json").read_text(encoding="utf-8"))
+    tiles = {
+        (kernel, kind): Tile(**values)
+        for kernel, kinds in own["tiles"].items()
+        for kind, values in kinds.items()
+    }
+    return tiles if name == GENERIC else {**load_table(GENERIC), **tiles}
+
+
+@lru_cache(maxsize=1024)
+def tile_for(
+    kernel: str, device: torch.device, dtype: torch.dtype, factor_dtype: torch.dtype
+) -> Tile:
     """The tile of a kernel for operands in ``dtype``, expanded from factors in ``factor_dtype``."""
-    table = HIP if torch.version.hip else GENERIC
+    table = load_table(architecture(device))
     if dtype == torch.float32:
         return table[kernel, "single"]
     if factor_dtype == torch.float32 and (kernel, "mixed") in table:
@@ -82,6 +108,21 @@ def shrink(block: int, size: int) -> int:
     ``block``.
     """
     return min(block, max(MIN_BLOCK, 1 << (size - 1).bit_length()))
+
+
+def narrow(block: int, size: int, wanted: int) -> int:
+    """``block``, halved down to 32 while fewer than ``wanted`` of them cover ``size``."""
+    while block > 32 and -(-size // block) < wanted:
+        block //= 2
+    return block
+
+
+def pieces(lanes: int, block_k: int, most: int) -> int:
+    """How many accumulators of ``block_k`` lanes a program holds: all if ``most`` of them cover
+    ``lanes``, so that its input is read once. Otherwise two, for the fewest registers.
+    """
+    blocks = -(-lanes // block_k)
+    return blocks if blocks <= most else min(most, 2)
 
 
 @lru_cache(maxsize=32)

@@ -1,8 +1,9 @@
 """The dropout mask as a function of a seed and a position, so that nobody has to keep it.
 
-Element ``(t, n)`` of the flattened ``(T, N)`` input survives if a 24-bit hash of ``(seed, t, n)``
-reaches ``p * 2**24``. The two words of a row's key come from the seed and ``t``; the element's hash
-mixes them with ``n`` in two multiply-xorshift rounds. This file is the definition in plain PyTorch;
+Element ``(t, n)`` of the flattened ``(T, N)`` input survives if its 16-bit lot reaches
+``p * 2**16``. The lots of two neighbours are the low and the high half of one hash of
+``(seed, t, n // 2)``: the two words of a row's key come from the seed and ``t``, and the hash mixes
+them with ``n // 2`` in two multiply-xorshift rounds. This file is the definition in plain PyTorch;
 the Triton kernels compute the same bits, so one seed gives one mask in every backend, forward and
 backward.
 """
@@ -17,22 +18,21 @@ __all__ = ["draw_seed", "keep_mask"]
 MULTIPLY_1 = 0x7FEB352D
 MULTIPLY_2 = 0x846CA68B
 ROW_STEP = 0x9E3779B9
-HASH_BITS = 24
+LOT_BITS = 16
 
 
 def draw_seed(device: torch.device) -> torch.Tensor:
     """A fresh int64 seed ``(1,)`` from the default generator of ``device``.
 
     It stays on the device: no synchronisation, a captured CUDA graph draws a new one on each
-        replay, and
-    activation checkpointing, which restores the generator, draws the same one again.
+    replay, and activation checkpointing, which restores the generator, draws the same one again.
     """
     return torch.randint(0, 2**62, (1,), dtype=torch.int64, device=device)
 
 
 def drop_threshold(p: float) -> int:
-    """The hash value from which an element survives: ``p`` in units of ``2**-24``."""
-    return round(p * 2**HASH_BITS)
+    """The lot from which an element survives: ``p`` in units of ``2**-16``."""
+    return round(p * 2**LOT_BITS)
 
 
 def _signed(value: int) -> int:
@@ -69,8 +69,10 @@ def row_keys(seed: torch.Tensor, T: int) -> tuple[torch.Tensor, torch.Tensor]:
 def keep_mask(seed: torch.Tensor, T: int, N: int, p: float) -> torch.Tensor:
     """Boolean ``(T, N)`` mask of the elements that survive dropout with probability ``1 - p``."""
     key_0, key_1 = row_keys(seed, T)
-    x = torch.arange(N, dtype=torch.int32, device=seed.device).unsqueeze(0).bitwise_xor(key_0)
+    pairs = (N + 1) // 2
+    x = torch.arange(pairs, dtype=torch.int32, device=seed.device).unsqueeze(0).bitwise_xor(key_0)
     _xorshift(x, 16).mul_(_signed(MULTIPLY_1)).bitwise_xor_(key_1)
     _xorshift(x, 15).mul_(_signed(MULTIPLY_2))
-    bits = _xorshift(x, 16).bitwise_right_shift_(32 - HASH_BITS)
-    return bits.bitwise_and_((1 << HASH_BITS) - 1) >= drop_threshold(p)
+    x = _xorshift(x, 16)
+    low, high = x.bitwise_and(0xFFFF), x.bitwise_right_shift(LOT_BITS).bitwise_and_(0xFFFF)
+    return torch.stack((low, high), dim=2).view(T, 2 * pairs)[:, :N] >= drop_threshold(p)

@@ -22,6 +22,8 @@ import torch
 
 __all__ = ["TERMS", "Terms", "coefficient_count", "expanded_rank", "pairs"]
 
+LANE_GROUP = 16
+
 Terms = Literal["full", "square", "cross", "linear"]
 TERMS: tuple[str, ...] = get_args(Terms)
 
@@ -55,6 +57,18 @@ def expanded_rank(r: int, terms: Terms = "full") -> int:
         ValueError: ``r < 1`` or an unknown ``terms``.
     """
     return r + coefficient_count(r, terms)
+
+
+def lane_count(r: int, terms: Terms = "full") -> int:
+    """Lanes that a kernel gives an adapter: :func:`padded` ``K``."""
+    return padded(expanded_rank(r, terms))
+
+
+def padded(K: int) -> int:
+    """``K`` rounded up to whole groups of 16 lanes, so that rows of a (T, lanes) tensor are read
+    and written in full vectors; the last lanes are unused and zero.
+    """
+    return (K + LANE_GROUP - 1) // LANE_GROUP * LANE_GROUP
 
 
 def pairs(r: int, terms: Terms = "full") -> list[tuple[int, int]]:

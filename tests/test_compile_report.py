@@ -21,7 +21,7 @@ def run_report(*options):
     [
         ("--terms", "full", "--ranks", "16", "--dtypes", "bf16", "--archs", "sm_90"),
         ("--terms", "full", "--ranks", "8", "--dtypes", "bf16+fp32", "--archs", "sm_80"),
-        ("--terms", "square", "--ranks", "64", "--dtypes", "fp16", "--archs", "sm_100"),
+        ("--terms", "square", "--ranks", "64", "--dtypes", "fp16", "--archs", "sm_89", "sm_100"),
         ("--terms", "cross", "--ranks", "4", "--dtypes", "fp32", "--archs", "gfx942"),
     ],
     ids=lambda o: " ".join(o[1::2]),
@@ -38,7 +38,7 @@ def test_a_configuration_that_spills_is_reported(tmp_path):
     code = (
         "import sys\n"
         "from pera_kernels import configs\n"
-        "configs.GENERIC['contract', 'half'] = configs.Tile(64, 128, 128, 4, 2)\n"
+        "configs.load_table('sm_90')['contract', 'half'] = configs.Tile(64, 128, 128, 4, 2)\n"
         "from tools.compile_report import main\n"
         "sys.exit(main(['--terms', 'full', '--ranks', '16', '--dtypes', 'bf16', '--archs', 'sm_90',"
         " '--kernels', 'contract dB dh', '--jobs', '1']))\n"

@@ -17,10 +17,11 @@ def test_triton_kernels_draw_the_bits_of_the_definition(device):
     T, N, p = 77, 32, 0.3
     for value in (0, 1, 2**31 + 5, 2**61 + 12345):
         seed = torch.tensor([value], device=device)
-        u = launch.project(
+        u = torch.empty(T, N, device=device)
+        launch.project(
             torch.ones(T, N, device=device),
-            torch.eye(N, device=device),
-            terms="linear",
+            launch.Expanded(torch.eye(N, device=device)),
+            out=u,
             dropout=launch.Dropout(p, seed),
         )
         assert torch.equal(u != 0, keep_mask(seed, T, N, p))
@@ -49,6 +50,11 @@ def test_rate_and_independence(p):
 def test_mask_of_a_row_does_not_depend_on_the_batch():
     seed = torch.tensor([99])
     assert torch.equal(keep_mask(seed, 64, 40, 0.5)[:10], keep_mask(seed, 10, 40, 0.5))
+
+
+def test_an_odd_number_of_columns():
+    seed = torch.tensor([7])
+    assert torch.equal(keep_mask(seed, 9, 33, 0.4), keep_mask(seed, 9, 34, 0.4)[:, :33])
 
 
 def test_seed_follows_the_default_generator(device):

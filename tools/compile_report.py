@@ -30,7 +30,7 @@ from unittest import mock
 import torch
 
 from pera_kernels import configs
-from pera_kernels.terms import TERMS, coefficient_count, expanded_rank
+from pera_kernels.terms import TERMS, coefficient_count, lane_count
 
 RANKS = (4, 8, 16, 32, 64)
 # Operand dtype and adapter dtype of each kind of row.
@@ -41,7 +41,13 @@ DTYPES: dict[str, tuple[torch.dtype, torch.dtype]] = {
     "bf16+fp32": (torch.bfloat16, torch.float32),
 }
 # Shared memory a thread block (workgroup) may use, in bytes.
-SHARED_LIMIT = {"sm_80": 166912, "sm_90": 232448, "sm_100": 232448, "gfx942": 65536}
+SHARED_LIMIT = {
+    "sm_80": 166912,
+    "sm_89": 101376,
+    "sm_90": 232448,
+    "sm_100": 232448,
+    "gfx942": 65536,
+}
 FEATURES, TOKENS = 4096, 8192
 
 POINTER = {
@@ -102,7 +108,7 @@ class _Recorder:
         return lambda **arguments: self.calls.append((self.kernel, arguments))
 
 
-def _recorded(variant: str, terms: str, r: int, dtype: str, hip: bool) -> Iterator[Launch]:
+def _recorded(variant: str, terms: str, r: int, dtype: str, arch: str) -> Iterator[Launch]:
     from pera_kernels import launch
 
     calls: list[tuple[Any, dict[str, Any]]] = []
@@ -112,7 +118,12 @@ def _recorded(variant: str, terms: str, r: int, dtype: str, hip: bool) -> Iterat
             recorder = _Recorder(getattr(launch, name), calls)
             stack.enter_context(mock.patch.object(launch, name, recorder))
         stack.enter_context(mock.patch.object(configs, "processor_count", lambda device: 132))
-        stack.enter_context(mock.patch.object(torch.version, "hip", "7" if hip else None))
+        hip = "7" if arch.startswith("gfx") else None
+        stack.enter_context(mock.patch.object(torch.version, "hip", hip))
+        table = arch if (configs.TABLES / f"{arch}.json").exists() else configs.GENERIC
+        stack.enter_context(mock.patch.object(configs, "architecture", lambda device: table))
+        configs.tile_for.cache_clear()
+        stack.callback(configs.tile_for.cache_clear)
         _run_variant(launch, variant, terms, r, *DTYPES[dtype])
     for kernel, arguments in calls:
         yield _specialise(variant, terms, r, dtype, kernel, arguments)
@@ -126,50 +137,65 @@ def _run_variant(
     def meta(*shape: int, of: torch.dtype = dtype) -> torch.Tensor:
         return torch.empty(*shape, dtype=of, device="meta")
 
-    x, u = meta(TOKENS, FEATURES), meta(TOKENS, expanded_rank(r, terms))  # type: ignore[arg-type]
+    x, u = meta(TOKENS, FEATURES), meta(TOKENS, lane_count(r, terms))  # type: ignore[arg-type]
     A, B = meta(r, FEATURES, of=adapter), meta(FEATURES, r, of=adapter)
     h = None if terms == "linear" else meta(coefficient_count(r, terms), of=adapter)  # type: ignore[arg-type]
     dh = None if h is None else torch.empty_like(h)
+    a, b = launch.Factor(A, h, r, terms), launch.Factor(B.t(), h, r, terms)
+    expanded = launch.Expanded(meta(u.shape[1], FEATURES))
+    partial = launch.Sum(meta(4, *u.shape, of=torch.float32), u, u.shape[1], u.stride(0))
     dropout = launch.Dropout(0.05, meta(1, of=torch.int64))
-    options = {"terms": terms, "scale": 0.5}
-    if variant == "project A":
-        launch.project(x, A, terms=terms)
+    if variant == "expand":
+        launch.expand([a, b], partial, dtype=dtype)
+    elif variant == "project A":
+        launch.project(x, a, out=u)
     elif variant == "project A dropout":
-        launch.project(x, A, terms=terms, dropout=dropout)
+        launch.project(x, a, out=u, dropout=dropout)
     elif variant == "project B":
-        launch.project(x, B.t(), terms=terms)
-    elif variant == "accumulate y":
-        launch.accumulate(x, u, B.t(), h, out=x, **options)
-    elif variant == "accumulate dx dropout":
-        launch.accumulate(x, u, A, h, out=x, dropout=dropout, **options)
+        launch.project(x, b, out=u)
+    elif variant == "project expanded":
+        launch.project(x, expanded, out=u)
+    elif variant == "project expanded dropout":
+        launch.project(x, expanded, out=u, dropout=dropout)
+    elif variant == "accumulate":
+        launch.accumulate(x, u, expanded, out=x, scale=0.5)
+    elif variant == "accumulate dropout":
+        launch.accumulate(x, u, expanded, out=x, scale=0.5, dropout=dropout)
     elif variant == "contract dA dropout":
-        launch.contract(u, x, A, h, df=torch.empty_like(A), dh=None, dropout=dropout, **options)
+        launch.contract(u, x, a, df=torch.empty_like(A), dh=None, scale=0.5, dropout=dropout)
     elif variant == "contract dB dh":
-        launch.contract(u, x, B.t(), h, df=torch.empty_like(B).t(), dh=dh, **options)
+        launch.contract(u, x, b, df=torch.empty_like(B).t(), dh=dh, scale=0.5)
     elif variant == "contract G dA dh":
-        launch.contract(
-            B.t(),
-            meta(FEATURES, FEATURES),
-            A,
-            h,
-            df=torch.empty_like(A),
-            dh=dh,
-            left_is_factor=True,
-            **options,
-        )
+        left = meta(u.shape[1], FEATURES).t()
+        df = torch.empty_like(A)
+        launch.contract(left, meta(FEATURES, FEATURES), a, df=df, dh=dh, scale=0.5)
+    elif variant == "contract dA of 3":
+        # Larger stacks are contracted one adapter at a time.
+        members = 3 if 3 * r <= launch.CONTRACTED_ROWS else 1
+        stack = launch.Factor(meta(members * r, FEATURES, of=adapter), h, r, terms, members)
+        left = meta(TOKENS, stack.lanes)
+        launch.contract(left, x, stack, df=torch.empty_like(stack.rows), dh=None, scale=0.5)
+    elif variant == "project A of 3":
+        stack = launch.Factor(meta(3 * r, FEATURES, of=adapter), h, r, terms, 3)
+        launch.project(x, stack, out=meta(TOKENS, stack.lanes))
     elif variant == "compose":
-        launch.compose(meta(FEATURES, FEATURES), A, B, h, dtype=dtype, **options)
+        launch.compose(meta(FEATURES, FEATURES), a, b, scale=0.5, dtype=dtype)
     else:
         raise ValueError(f"unknown variant {variant!r}")
 
 
 VARIANTS = (
+    "expand",
     "project A",
     "project A dropout",
+    "project A of 3",
     "project B",
-    "accumulate y",
-    "accumulate dx dropout",
+    "project expanded",
+    "project expanded dropout",
+    "accumulate",
+    "accumulate dropout",
     "contract dA dropout",
+    "contract dA of 3",
     "contract dB dh",
     "contract G dA dh",
     "compose",
@@ -198,7 +224,7 @@ def _specialise(
             if value % 16 == 0:
                 aligned.append(name)
     return Launch(
-        variant if "sum_partials" not in kernel.__name__ else "sum partials",
+        variant,
         terms,
         r,
         dtype,
@@ -244,7 +270,7 @@ def compile_launch(launch: Launch, arch: str) -> Row:
         problems.append(f"spills {spills} B")
     if shared > limit:
         problems.append(f"shared memory {shared} B > {limit} B")
-    has_dot = launch.kernel != "sum_partials_kernel"
+    has_dot = launch.kernel not in ("sum_partials_kernel", "expand_kernel")
     if has_dot and launch.dtype != "fp32" and not HALF_DOT.search(text):
         problems.append("half-precision dot without tensor cores")
     return Row(
@@ -287,11 +313,11 @@ def launches(
     terms: Sequence[str],
     ranks: Sequence[int],
     dtypes: Sequence[str],
-    hip: bool,
+    arch: str,
 ) -> list[Launch]:
     """Every distinct launch of the grid, in order."""
     grid = itertools.product(variants, terms, ranks, dtypes)
-    found = [launch for row in grid for launch in _recorded(*row, hip=hip)]
+    found = [launch for row in grid for launch in _recorded(*row, arch)]
     seen: dict[Any, Launch] = {}
     for launch in found:
         key = (
@@ -322,7 +348,7 @@ def report(
     work = [
         (launch, arch)
         for arch in archs
-        for launch in launches(variants, terms, ranks, dtypes, arch.startswith("gfx"))
+        for launch in launches(variants, terms, ranks, dtypes, arch)
     ]
     if jobs == 1:
         for done, job in enumerate(work, 1):

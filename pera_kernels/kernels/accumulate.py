@@ -1,24 +1,14 @@
 import triton
 import triton.language as tl
 
-from .common import (
-    dot,
-    keep_tile,
-    load_coefficients,
-    load_phi,
-    overflow_as,
-    pair_lanes,
-    round_to,
-    row_keys,
-)
+from .common import dot, keep_tile, overflow_as, round_to, row_keys
 
 
 @triton.jit
 def accumulate_kernel(
     base_ptr,
     u_ptr,
-    f_ptr,
-    h_ptr,
+    phi_ptr,
     seed_ptr,
     y_ptr,
     scale,
@@ -26,14 +16,10 @@ def accumulate_kernel(
     keep_scale,
     T,
     M,
-    K,
+    lanes,
     stride_base_t,
     stride_u_t,
-    stride_f_r,
-    stride_f_m,
     stride_y_t,
-    R: tl.constexpr,
-    TERMS: tl.constexpr,
     HAS_BASE: tl.constexpr,
     HAS_DROPOUT: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -41,13 +27,12 @@ def accumulate_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """y = base + s · u (c ∘ φ(f)); with dropout the update is masked and rescaled (the backward's
-    dx).
+    """y = base + s · u φ; with dropout the update is masked and rescaled (the backward's dx).
 
-    u (T, K) in circular order, f (R, M), base and y (T, M), which may be the same memory.
-    Accumulates in float32; c ∘ φ is formed in float32 and rounded once to the dtype of u; y is
-    rounded once.
+    u (T, lanes), φ (lanes, M) with the coefficients in it, base and y (T, M), which may be the same
+    memory. Accumulates in float32; y is rounded once.
     """
+    dtype: tl.constexpr = u_ptr.dtype.element_ty
     tiles_m = tl.cdiv(M, BLOCK_M)
     block_t = tl.program_id(0) // tiles_m
     block_m = tl.program_id(0) % tiles_m
@@ -59,34 +44,26 @@ def accumulate_kernel(
     mask = mask_t[:, None] & mask_m[None, :]
 
     acc = tl.zeros((BLOCK_T, BLOCK_M), tl.float32)
-    for start in range(0, K, BLOCK_K):
+    for start in range(0, lanes, BLOCK_K):
         offs_k = start + tl.arange(0, BLOCK_K)
-        mask_k = offs_k < K
-        i, j, is_pair = pair_lanes(offs_k, R, TERMS)
+        mask_k = offs_k < lanes
         u = tl.load(
             u_ptr + offs_t[:, None] * stride_u_t + offs_k[None, :],
             mask=mask_t[:, None] & mask_k[None, :],
             other=0.0,
         )
-        phi = load_phi(
-            f_ptr,
-            i[:, None],
-            j[:, None],
-            is_pair[:, None],
-            offs_m[None, :],
-            stride_f_r,
-            stride_f_m,
-            mask_k[:, None] & mask_m[None, :],
-            TERMS,
+        phi = tl.load(
+            phi_ptr + offs_k.to(tl.int64)[:, None] * M + offs_m[None, :],
+            mask=mask_k[:, None] & mask_m[None, :],
+            other=0.0,
         )
-        phi *= load_coefficients(h_ptr, i, j, is_pair, mask_k, R, TERMS)[:, None]
-        acc = dot(u, round_to(phi, u.dtype), acc, PRECISION)
+        acc = dot(u, phi, acc, PRECISION)
 
     # In float16 the specification rounds the product before it is scaled: keep its infinities.
-    acc = overflow_as(overflow_as(acc, u_ptr.dtype.element_ty) * scale, u_ptr.dtype.element_ty)
+    acc = overflow_as(overflow_as(acc, dtype) * scale, dtype)
     if HAS_DROPOUT:
         key_0, key_1 = row_keys(seed_ptr, offs_t)
-        keep = keep_tile(key_0[:, None], key_1[:, None], offs_m[None, :], drop_threshold)
+        keep = keep_tile(key_0, key_1, block_m * BLOCK_M, drop_threshold, BLOCK_M)
         acc = tl.where(keep, acc * keep_scale, 0.0)
     if HAS_BASE:
         base = tl.load(

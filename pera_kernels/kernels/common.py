@@ -9,12 +9,11 @@ import triton
 import triton.language as tl
 
 from ..backends import interpreting
-from ..dropout import HASH_BITS, MULTIPLY_1, MULTIPLY_2, ROW_STEP
+from ..dropout import MULTIPLY_1, MULTIPLY_2, ROW_STEP
 
 _MULTIPLY_1 = tl.constexpr(MULTIPLY_1)
 _MULTIPLY_2 = tl.constexpr(MULTIPLY_2)
 _ROW_STEP = tl.constexpr(ROW_STEP)
-_HASH_SHIFT = tl.constexpr(32 - HASH_BITS)
 _INTERPRETING = tl.constexpr(interpreting())
 
 
@@ -32,7 +31,7 @@ def dot(a, b, acc, PRECISION: tl.constexpr):
 @triton.jit
 def round_to(x, dtype: tl.constexpr):
     """float32 rounded to nearest even in ``dtype``. The interpreter would truncate to bfloat16."""
-    if _INTERPRETING and dtype == tl.bfloat16:
+    if _INTERPRETING and dtype == tl.bfloat16 and x.dtype == tl.float32:
         bits = x.to(tl.uint32, bitcast=True)
         bits = (bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000
         x = tl.where(x == x, bits.to(tl.float32, bitcast=True), x)
@@ -55,52 +54,87 @@ def select_rows(rows, lanes, keep, x, acc):
 
 
 @triton.jit
-def pair_lanes(offs_k, R: tl.constexpr, TERMS: tl.constexpr):
-    """Lane k -> (i, j, is_pair): φ[k] = f_i, or f_i ∘ f_j where is_pair."""
-    block = offs_k // R
-    i = offs_k % R
-    is_pair = block > 0
-    if TERMS == "cross":
-        j = (i + block) % R
-    else:
-        j = (i + tl.maximum(block - 1, 0)) % R
-    return i, j, is_pair
+def zero_tiles(PIECES: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """A tuple of float32 accumulators: together they hold more columns than a power of two."""
+    tiles = ()
+    for _ in tl.static_range(PIECES):
+        tiles = tiles + (tl.zeros((ROWS, COLUMNS), tl.float32),)
+    return tiles
 
 
 @triton.jit
-def coefficient_index(i, j, R: tl.constexpr, TERMS: tl.constexpr):
-    """The position of the pair {i, j} in the public (row-major upper-triangular) order of h."""
-    low = tl.minimum(i, j)
-    high = tl.maximum(i, j)
+def pair_lanes(
+    offs_k,
+    R: tl.constexpr,
+    K: tl.constexpr,
+    LANES: tl.constexpr,
+    MEMBERS: tl.constexpr,
+    TERMS: tl.constexpr,
+):
+    """Lane k -> (i, j, is_pair, live): φ[k] = f_i, or f_i ∘ f_j where is_pair, or 0 unless live.
+
+    A stack of MEMBERS factors of R rows each has LANES lanes for each, the last of them unused:
+    K of them are live. i and j are rows of the stack.
+    """
+    if MEMBERS == 1:
+        lane = offs_k
+        row = 0
+    else:
+        lane = offs_k % LANES
+        row = offs_k // LANES * R
+    live = lane < K
+    if TERMS == "linear":
+        i = row + lane
+        j = i
+        is_pair = lane < 0
+    else:
+        block = lane // R
+        i = lane % R
+        is_pair = (block > 0) & live
+        if TERMS == "cross":
+            j = (i + block) % R
+        else:
+            j = (i + tl.maximum(block - 1, 0)) % R
+        i += row
+        j += row
+    return i, j, is_pair, live
+
+
+@triton.jit
+def coefficient_index(i, j, R: tl.constexpr, K: tl.constexpr, TERMS: tl.constexpr):
+    """Where the coefficient of the pair {i, j} stands in a stack of h, each in the public order
+    (row-major upper triangular).
+    """
+    member = i // R
+    low = tl.minimum(i, j) - member * R
+    high = tl.maximum(i, j) - member * R
     if TERMS == "square":
         index = low
     elif TERMS == "cross":
         index = low * (2 * R - low - 1) // 2 + high - low - 1
     else:
         index = low * (2 * R - low + 1) // 2 + high - low
-    return index
+    return member * (K - R) + index
 
 
 @triton.jit
-def load_coefficients(h_ptr, i, j, is_pair, mask_k, R: tl.constexpr, TERMS: tl.constexpr):
+def load_coefficients(h_ptr, i, j, is_pair, R: tl.constexpr, K: tl.constexpr, TERMS: tl.constexpr):
     """c in float32: one on linear lanes, h on pair lanes."""
-    if TERMS == "linear":
-        c = tl.full(i.shape, 1.0, tl.float32)
-    else:
-        index = coefficient_index(i, j, R, TERMS)
-        c = tl.load(h_ptr + index, mask=mask_k & is_pair, other=1.0).to(tl.float32)
-    return c
+    index = coefficient_index(i, j, R, K, TERMS)
+    return tl.load(h_ptr + index, mask=is_pair, other=1.0).to(tl.float32)
 
 
 @triton.jit
 def load_phi(f_ptr, i, j, is_pair, offs, stride_f_r, stride_f_n, mask, TERMS: tl.constexpr):
-    """A tile of φ(f) in float32, zero outside the mask; the shapes of i and offs broadcast."""
-    phi = tl.load(f_ptr + i * stride_f_r + offs * stride_f_n, mask=mask, other=0.0).to(tl.float32)
+    """A tile of φ(f), zero outside the mask; the shapes of i and offs broadcast. Products are
+    float32, single rows come as they are.
+    """
+    phi = tl.load(f_ptr + (i * stride_f_r + offs * stride_f_n), mask=mask, other=0.0)
     if TERMS != "linear":
         partner = tl.load(
-            f_ptr + j * stride_f_r + offs * stride_f_n, mask=mask & is_pair, other=1.0
+            f_ptr + (j * stride_f_r + offs * stride_f_n), mask=mask & is_pair, other=1.0
         )
-        phi = phi * partner.to(tl.float32)
+        phi = phi.to(tl.float32) * partner.to(tl.float32)
     return phi
 
 
@@ -132,10 +166,14 @@ def row_keys(seed_ptr, offs_t):
 
 
 @triton.jit
-def keep_tile(key_0, key_1, offs_n, threshold):
-    """Which elements survive dropout: the bits of ``pera_kernels.dropout.keep_mask``."""
-    x = offs_n.to(tl.uint32) ^ key_0
-    x = ((x ^ (x >> 16)) * _MULTIPLY_1) ^ key_1
+def keep_tile(key_0, key_1, start, threshold, BLOCK_N: tl.constexpr):
+    """Which elements of the columns from ``start`` (even) on survive dropout: the bits of
+    ``pera_kernels.dropout.keep_mask``. Two neighbours share a hash.
+    """
+    pair = start // 2 + tl.arange(0, BLOCK_N // 2)
+    x = pair.to(tl.uint32)[None, :] ^ key_0[:, None]
+    x = ((x ^ (x >> 16)) * _MULTIPLY_1) ^ key_1[:, None]
     x = (x ^ (x >> 15)) * _MULTIPLY_2
     x = x ^ (x >> 16)
-    return (x >> _HASH_SHIFT).to(tl.int32) >= threshold
+    lots = tl.interleave(x & 0xFFFF, x >> 16)
+    return lots.to(tl.int32) >= threshold

@@ -6,11 +6,11 @@ from .common import (
     dot,
     keep_tile,
     load_coefficients,
-    load_phi,
     pair_lanes,
     round_to,
     row_keys,
     select_rows,
+    zero_tiles,
 )
 
 
@@ -27,13 +27,11 @@ def contract_kernel(
     drop_threshold,
     T,
     N,
-    K,
-    L,
+    lanes,
+    coefficients,
     t_per_split,
-    k_per_split,
-    splits_k,
     stride_left_t,
-    stride_left_r,
+    stride_left_k,
     stride_x_t,
     stride_x_n,
     stride_f_r,
@@ -42,12 +40,16 @@ def contract_kernel(
     stride_df_r,
     stride_df_n,
     R: tl.constexpr,
+    K: tl.constexpr,
+    LANES: tl.constexpr,
+    MEMBERS: tl.constexpr,
     TERMS: tl.constexpr,
-    LEFT_IS_FACTOR: tl.constexpr,
+    HAS_H: tl.constexpr,
     HAS_DF: tl.constexpr,
     HAS_DH: tl.constexpr,
     HAS_DROPOUT: tl.constexpr,
     PRECISION: tl.constexpr,
+    PIECES: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -58,88 +60,76 @@ def contract_kernel(
         df_i  = dφ_i + Σ_j c_ij (dφ_ij ∘ f_j)        a square counts twice
         dh_ij = Σ_n (dφ_ij ∘ f_i ∘ f_j)
 
-    left (T, K) in circular order, or φ(left) of a factor (R, T) generated on chip; x (T, N); f (R,
-    N). Each (T, K) split writes partial sums: df[split] (R, N), dh[split_t, block_n] (L,), both
-    float32. dφ stays on chip; its float32 rows are sent to the rows i and j of df by a product with
-    the 0/1 incidence matrix of the pairs.
+    left (T, lanes) in circular order; x (T, N); f (MEMBERS · R, N). A program holds PIECES
+    accumulators of BLOCK_K lanes, so that x is read once for all of them. Each split over T and
+    lanes writes partial sums: df[split] (MEMBERS · R, N), dh[split_t, block_n] (coefficients,),
+    both float32. dφ stays on chip; its float32 rows are sent to the rows i and j of df by a product
+    with the 0/1 incidence matrix of the pairs.
     """
     block_n = tl.program_id(0)
     split = tl.program_id(1)
-    split_t = split // splits_k
-    split_k = split % splits_k
+    blocks_k = tl.cdiv(lanes, PIECES * BLOCK_K)
+    split_t = split // blocks_k
+    first_lane = split % blocks_k * (PIECES * BLOCK_K)
 
     offs_n = block_n * BLOCK_N + tl.arange(0, BLOCK_N)
     x_columns = offs_n.to(tl.int64)[None, :] * stride_x_n
     offs_r = tl.arange(0, BLOCK_R)
     mask_n = offs_n < N
     start_t = split_t * t_per_split
-    stop_t = tl.minimum(start_t + t_per_split, T)
 
-    df = tl.zeros((BLOCK_R, BLOCK_N), tl.float32)
-    for start_k in range(
-        split_k * k_per_split, tl.minimum((split_k + 1) * k_per_split, K), BLOCK_K
-    ):
-        offs_k = start_k + tl.arange(0, BLOCK_K)
-        mask_k = offs_k < K
-        i, j, is_pair = pair_lanes(offs_k, R, TERMS)
-
-        acc = tl.zeros((BLOCK_K, BLOCK_N), tl.float32)
-        for start in range(start_t, stop_t, BLOCK_T):
-            offs_t = start + tl.arange(0, BLOCK_T)
-            rows = offs_t.to(tl.int64)
-            mask_t = offs_t < T
-            x = tl.load(
-                x_ptr + rows[:, None] * stride_x_t + x_columns,
-                mask=mask_t[:, None] & mask_n[None, :],
+    accs = zero_tiles(PIECES, BLOCK_K, BLOCK_N)
+    for start in range(start_t, tl.minimum(start_t + t_per_split, T), BLOCK_T):
+        offs_t = start + tl.arange(0, BLOCK_T)
+        rows = offs_t.to(tl.int64)
+        mask_t = offs_t < T
+        x = tl.load(
+            x_ptr + rows[:, None] * stride_x_t + x_columns,
+            mask=mask_t[:, None] & mask_n[None, :],
+            other=0.0,
+        )
+        if HAS_DROPOUT:
+            key_0, key_1 = row_keys(seed_ptr, rows)
+            keep = keep_tile(key_0, key_1, block_n * BLOCK_N, drop_threshold, BLOCK_N)
+            x = tl.where(keep, x, 0.0)
+        sums = ()
+        for piece in tl.static_range(PIECES):
+            offs_k = first_lane + piece * BLOCK_K + tl.arange(0, BLOCK_K)
+            left = tl.load(
+                left_ptr + rows[:, None] * stride_left_t + offs_k[None, :] * stride_left_k,
+                mask=mask_t[:, None] & (offs_k < lanes)[None, :],
                 other=0.0,
             )
-            if HAS_DROPOUT:
-                key_0, key_1 = row_keys(seed_ptr, rows)
-                keep = keep_tile(key_0[:, None], key_1[:, None], offs_n[None, :], drop_threshold)
-                x = tl.where(keep, x, 0.0)
-            mask_kt = mask_k[:, None] & mask_t[None, :]
-            if LEFT_IS_FACTOR:
-                phi = load_phi(
-                    left_ptr,
-                    i[:, None],
-                    j[:, None],
-                    is_pair[:, None],
-                    offs_t[None, :],
-                    stride_left_r,
-                    stride_left_t,
-                    mask_kt,
-                    TERMS,
-                )
-                left = round_to(phi, x.dtype)
-            else:
-                left = tl.load(
-                    left_ptr + offs_k[:, None] + rows[None, :] * stride_left_t,
-                    mask=mask_kt,
-                    other=0.0,
-                )
-            acc = dot(left, x, acc, PRECISION)
-        acc *= scale
+            sums = sums + (dot(tl.trans(left), x, accs[piece], PRECISION),)
+        accs = sums
 
-        mask_kn = mask_k[:, None] & mask_n[None, :]
-        at_n = offs_n[None, :] * stride_f_n
-        f_i = tl.load(f_ptr + i[:, None] * stride_f_r + at_n, mask=mask_kn, other=0.0)
-        f_j = tl.load(
-            f_ptr + j[:, None] * stride_f_r + at_n, mask=mask_kn & is_pair[:, None], other=1.0
-        )
-        f_i = f_i.to(tl.float32)
-        f_j = f_j.to(tl.float32)
-        if HAS_DH:
-            dh = tl.sum(acc * f_i * f_j, axis=1)
-            row = split_t * tl.num_programs(0) + block_n
-            tl.store(
-                dh_ptr + row.to(tl.int64) * L + coefficient_index(i, j, R, TERMS),
-                dh,
-                mask=mask_k & is_pair,
+    df = tl.zeros((BLOCK_R, BLOCK_N), tl.float32)
+    at_n = offs_n[None, :] * stride_f_n
+    for piece in tl.static_range(PIECES):
+        offs_k = first_lane + piece * BLOCK_K + tl.arange(0, BLOCK_K)
+        i, j, is_pair, live = pair_lanes(offs_k, R, K, LANES, MEMBERS, TERMS)
+        live = live & (offs_k < lanes)
+        is_pair = is_pair & live
+        acc = accs[piece] * scale
+        if TERMS == "linear":
+            df = select_rows(offs_r, i, live, acc, df)
+        else:
+            mask_kn = live[:, None] & mask_n[None, :]
+            f_i = tl.load(f_ptr + (i[:, None] * stride_f_r + at_n), mask=mask_kn, other=0.0)
+            f_j = tl.load(
+                f_ptr + (j[:, None] * stride_f_r + at_n), mask=mask_kn & is_pair[:, None], other=1.0
             )
-        if HAS_DF:
-            acc *= load_coefficients(h_ptr, i, j, is_pair, mask_k, R, TERMS)[:, None]
-            df = select_rows(offs_r, i, mask_k, acc * f_j, df)
-            if TERMS != "linear":
+            f_i = f_i.to(tl.float32)
+            f_j = f_j.to(tl.float32)
+            if HAS_DH:
+                dh = tl.sum(acc * f_i * f_j, axis=1)
+                row = split_t * tl.num_programs(0) + block_n
+                index = coefficient_index(i, j, R, K, TERMS)
+                tl.store(dh_ptr + row.to(tl.int64) * coefficients + index, dh, mask=is_pair)
+            if HAS_DF:
+                if HAS_H:
+                    acc *= load_coefficients(h_ptr, i, j, is_pair, R, K, TERMS)[:, None]
+                df = select_rows(offs_r, i, live, acc * f_j, df)
                 df = select_rows(offs_r, j, is_pair, acc * f_i, df)
 
     if HAS_DF:
@@ -149,5 +139,5 @@ def contract_kernel(
             + offs_r[:, None] * stride_df_r
             + offs_n[None, :] * stride_df_n,
             round_to(df, df_ptr.dtype.element_ty),
-            mask=(offs_r < R)[:, None] & mask_n[None, :],
+            mask=(offs_r < MEMBERS * R)[:, None] & mask_n[None, :],
         )

@@ -5,18 +5,23 @@ from .common import round_to
 
 
 @triton.jit
-def sum_partials_kernel(
+def sum_tile(
+    block,
     partial_ptr,
     out_ptr,
     parts,
     numel,
+    width,
+    stride_out,
     BLOCK_P: tl.constexpr,
-    BLOCK: tl.constexpr,
+    BLOCK_S: tl.constexpr,
 ):
-    """out = Σ_p partial[p], over contiguous (parts, numel), in float32 and in a fixed order."""
-    offs = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    """A block of out = Σ_p partial[p], in float32 and in a fixed order. partial is contiguous
+    (parts, numel); the rows of out, of ``width`` elements, lie ``stride_out`` apart.
+    """
+    offs = block.to(tl.int64) * BLOCK_S + tl.arange(0, BLOCK_S)
     mask = offs < numel
-    acc = tl.zeros((BLOCK,), tl.float32)
+    acc = tl.zeros((BLOCK_S,), tl.float32)
     for start in range(0, parts, BLOCK_P):
         offs_p = (start + tl.arange(0, BLOCK_P)).to(tl.int64)
         partial = tl.load(
@@ -25,4 +30,75 @@ def sum_partials_kernel(
             other=0.0,
         )
         acc += tl.sum(partial.to(tl.float32), axis=0)
-    tl.store(out_ptr + offs, round_to(acc, out_ptr.dtype.element_ty), mask=mask)
+    at = offs // width * stride_out + offs % width
+    tl.store(out_ptr + at, round_to(acc, out_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def sum_partials_kernel(
+    partial_0_ptr,
+    out_0_ptr,
+    parts_0,
+    numel_0,
+    width_0,
+    stride_out_0,
+    partial_1_ptr,
+    out_1_ptr,
+    parts_1,
+    numel_1,
+    width_1,
+    stride_out_1,
+    partial_2_ptr,
+    out_2_ptr,
+    parts_2,
+    numel_2,
+    width_2,
+    stride_out_2,
+    JOBS: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+    BLOCK_S: tl.constexpr,
+):
+    """Up to three independent sums of partial results in one launch; see ``sum_tile``."""
+    block = tl.program_id(0)
+    job = tl.program_id(1)
+    if job == 0:
+        if block < tl.cdiv(numel_0, BLOCK_S):
+            sum_tile(
+                block,
+                partial_0_ptr,
+                out_0_ptr,
+                parts_0,
+                numel_0,
+                width_0,
+                stride_out_0,
+                BLOCK_P,
+                BLOCK_S,
+            )
+    if JOBS > 1:
+        if job == 1:
+            if block < tl.cdiv(numel_1, BLOCK_S):
+                sum_tile(
+                    block,
+                    partial_1_ptr,
+                    out_1_ptr,
+                    parts_1,
+                    numel_1,
+                    width_1,
+                    stride_out_1,
+                    BLOCK_P,
+                    BLOCK_S,
+                )
+    if JOBS > 2:
+        if job == 2:
+            if block < tl.cdiv(numel_2, BLOCK_S):
+                sum_tile(
+                    block,
+                    partial_2_ptr,
+                    out_2_ptr,
+                    parts_2,
+                    numel_2,
+                    width_2,
+                    stride_out_2,
+                    BLOCK_P,
+                    BLOCK_S,
+                )

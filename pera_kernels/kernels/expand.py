@@ -1,0 +1,145 @@
+import triton
+import triton.language as tl
+
+from .common import load_coefficients, load_phi, pair_lanes, round_to
+from .reduce import sum_tile
+
+
+@triton.jit
+def _expand_tile(
+    block,
+    f_ptr,
+    h_ptr,
+    phi_ptr,
+    N,
+    lanes,
+    stride_f_r,
+    stride_f_n,
+    R: tl.constexpr,
+    K: tl.constexpr,
+    LANES: tl.constexpr,
+    MEMBERS: tl.constexpr,
+    TERMS: tl.constexpr,
+    HAS_H: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    tiles_n = tl.cdiv(N, BLOCK_N)
+    offs_k = block // tiles_n * BLOCK_K + tl.arange(0, BLOCK_K)
+    offs_n = block % tiles_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    i, j, is_pair, live = pair_lanes(offs_k, R, K, LANES, MEMBERS, TERMS)
+    inside = offs_k < lanes
+    live = live & inside
+    mask_n = offs_n < N
+    phi = load_phi(
+        f_ptr,
+        i[:, None],
+        j[:, None],
+        is_pair[:, None],
+        offs_n[None, :],
+        stride_f_r,
+        stride_f_n,
+        live[:, None] & mask_n[None, :],
+        TERMS,
+    ).to(tl.float32)
+    if HAS_H:
+        phi *= load_coefficients(h_ptr, i, j, is_pair & live, R, K, TERMS)[:, None]
+    tl.store(
+        phi_ptr + (offs_k.to(tl.int64)[:, None] * N + offs_n[None, :]),
+        round_to(phi, phi_ptr.dtype.element_ty),
+        mask=inside[:, None] & mask_n[None, :],
+    )
+
+
+@triton.jit
+def expand_kernel(
+    f_0_ptr,
+    h_0_ptr,
+    phi_0_ptr,
+    N_0,
+    lanes_0,
+    stride_f_0_r,
+    stride_f_0_n,
+    f_1_ptr,
+    h_1_ptr,
+    phi_1_ptr,
+    N_1,
+    lanes_1,
+    stride_f_1_r,
+    stride_f_1_n,
+    partial_ptr,
+    out_ptr,
+    parts,
+    numel,
+    width,
+    stride_out,
+    R: tl.constexpr,
+    K: tl.constexpr,
+    LANES: tl.constexpr,
+    MEMBERS_0: tl.constexpr,
+    MEMBERS_1: tl.constexpr,
+    TERMS: tl.constexpr,
+    HAS_H_0: tl.constexpr,
+    HAS_H_1: tl.constexpr,
+    JOBS: tl.constexpr,
+    HAS_SUM: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+    BLOCK_S: tl.constexpr,
+):
+    """c ∘ φ(f) (or φ(f) alone without h) of one or two factors, and beside them a sum of partial
+    results.
+
+    f (MEMBERS · R, N) -> φ (lanes, N), in circular order, zero in unused lanes; products are
+    float32 and rounded once. The jobs have nothing to do with each other: they share a launch.
+    """
+    block = tl.program_id(0)
+    job = tl.program_id(1)
+    if job == 0:
+        if block < tl.cdiv(lanes_0, BLOCK_K) * tl.cdiv(N_0, BLOCK_N):
+            _expand_tile(
+                block,
+                f_0_ptr,
+                h_0_ptr,
+                phi_0_ptr,
+                N_0,
+                lanes_0,
+                stride_f_0_r,
+                stride_f_0_n,
+                R,
+                K,
+                LANES,
+                MEMBERS_0,
+                TERMS,
+                HAS_H_0,
+                BLOCK_K,
+                BLOCK_N,
+            )
+    if JOBS > 1:
+        if job == 1:
+            if block < tl.cdiv(lanes_1, BLOCK_K) * tl.cdiv(N_1, BLOCK_N):
+                _expand_tile(
+                    block,
+                    f_1_ptr,
+                    h_1_ptr,
+                    phi_1_ptr,
+                    N_1,
+                    lanes_1,
+                    stride_f_1_r,
+                    stride_f_1_n,
+                    R,
+                    K,
+                    LANES,
+                    MEMBERS_1,
+                    TERMS,
+                    HAS_H_1,
+                    BLOCK_K,
+                    BLOCK_N,
+                )
+    if HAS_SUM:
+        if job == JOBS:
+            if block < tl.cdiv(numel, BLOCK_S):
+                sum_tile(
+                    block, partial_ptr, out_ptr, parts, numel, width, stride_out, BLOCK_P, BLOCK_S
+                )
