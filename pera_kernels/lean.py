@@ -1,9 +1,7 @@
 """The ``torch`` backend: the formulas of the gradients in lean PyTorch, on any device and dtype.
 
-Expansions are built in circular order, where the block of offset ``d`` is ``f ∘ roll(f, d)``: one
-strided view of the factor with its first rows repeated gives all partners, so there is no index
-table and no ``(d, r, r)`` temporary. Functions have the signatures of the Triton ops in
-``pera_kernels.ops``.
+Functions have the signatures of the Triton ops in ``pera_kernels.ops``. Here are the base layers'
+products and what the outputs are made of; the adapters' part is in ``lean_adapters``.
 """
 
 from __future__ import annotations
@@ -13,117 +11,36 @@ from collections.abc import Sequence
 import torch
 import torch.nn.functional as F
 
-from .dropout import keep_mask
+from .lean_adapters import Adapters, add_gradients, add_update
+from .lean_factors import coefficient_gradient, coefficients, contract, expand
 from .ops import tokens
-from .terms import Terms, circular_index, expanded_rank, first_offset, offset_count
+from .terms import Terms
 
-__all__ = ["delta_backward", "delta_forward", "linear_backward", "linear_forward"]
+__all__ = [
+    "delta_backward",
+    "delta_forward",
+    "group_backward",
+    "group_forward",
+    "linear_backward",
+    "linear_forward",
+]
 
-
-def _at_least_float32(dtype: torch.dtype) -> torch.dtype:
-    return torch.promote_types(dtype, torch.float32)
-
-
-def _with_repeats(factor: torch.Tensor, terms: Terms) -> torch.Tensor:
-    """The factor ``(R, N)`` followed by as many of its own first rows as the largest offset
-    reaches.
-    """
-    R = factor.shape[0]
-    extra = first_offset(terms) + offset_count(R, terms) - 1
-    return torch.cat([factor, factor[:extra]]) if extra > 0 else factor.contiguous()
+# With so many tokens the CPU's float32 product x W0ᵀ is faster if its result is transposed.
+TRANSPOSED_TOKENS = range(16, 97)
 
 
-def _expand(
-    factor: torch.Tensor, h: torch.Tensor | None, terms: Terms, dtype: torch.dtype
-) -> torch.Tensor:
-    """φ(factor) ``(K, N)`` in circular order, times (1, h) if given; rounded once to ``dtype``."""
-    R, N = factor.shape
-    offsets, first = offset_count(R, terms), first_offset(terms)
-    if offsets == 0:
-        return factor.to(dtype)
-    # A single product of equal dtypes is rounded once by PyTorch itself.
-    if h is not None or factor.dtype != dtype:
-        factor = factor.to(_at_least_float32(factor.dtype))
-    rows = _with_repeats(factor, terms)
-    partners = rows[first:].as_strided((offsets, R, N), (N, N, 1))
-    phi = rows[:R].repeat(1 + offsets, 1)
-    phi[R:].view(offsets, R, N).mul_(partners)
-    phi = phi[: expanded_rank(R, terms)]
-    if h is not None:
-        to_circular, _ = circular_index(R, terms, factor.device)
-        phi[R:] *= h[to_circular].to(phi.dtype).unsqueeze(1)
-    return phi.to(dtype)
-
-
-def _contract(
-    dphi: torch.Tensor, factor: torch.Tensor, h: torch.Tensor | None, terms: Terms
-) -> torch.Tensor:
-    """df ``(R, N)`` from the bare dφ ``(K, N)``: df_i = dφ_i + Σ_j c_ij dφ_ij ∘ f_j."""
-    R = factor.shape[0]
-    offsets, first = offset_count(R, terms), first_offset(terms)
-    if offsets == 0:
-        return dphi.to(factor.dtype)
-    work = _at_least_float32(dphi.dtype)
-    rows = _with_repeats(factor.to(work), terms)
-    dphi = dphi.to(work)
-    if h is not None:
-        to_circular, _ = circular_index(R, terms, factor.device)
-        dphi[R:] *= h[to_circular].to(work).unsqueeze(1)
-    drows = torch.zeros_like(rows)
-    drows[:R] = dphi[:R]
-    start = R
-    for d in range(first, first + offsets):
-        block = dphi[start : start + R]
-        lanes = block.shape[0]
-        drows[:lanes].addcmul_(block, rows[d : d + lanes])
-        drows[d : d + lanes].addcmul_(block, rows[:lanes])
-        start += lanes
-    drows[: rows.shape[0] - R] += drows[R:]
-    return drows[:R].to(factor.dtype)
-
-
-def _coefficient_gradient(
-    products: torch.Tensor, h: torch.Tensor, R: int, scale: float, terms: Terms
-) -> torch.Tensor:
-    """dh in the public order from the per-lane sums ``(L,)`` in circular order."""
-    _, to_public = circular_index(R, terms, h.device)
-    return (scale * products)[to_public].to(h.dtype)
-
-
-def _dropped(x: torch.Tensor, seed: torch.Tensor | None, p: float) -> torch.Tensor:
-    """x̂ ``(T, N)`` without the factor 1/(1-p), which the small side of the product takes."""
-    if p == 0.0 or seed is None:
-        return x
-    return x.masked_fill(~keep_mask(seed, x.shape[0], x.shape[1], p), 0.0)
-
-
-def _add_product(
-    out: torch.Tensor, u: torch.Tensor, phi: torch.Tensor, scale: float
-) -> torch.Tensor:
-    """out + s u φ, in place. float16 rounds the product on its own: its overflow must show."""
-    if out.dtype == torch.float16:
-        return out.add_((u @ phi).mul_(scale))
-    return out.addmm_(u, phi, alpha=scale)
-
-
-def _project(
-    x: torch.Tensor, A: torch.Tensor, seed: torch.Tensor | None, p: float, terms: Terms
-) -> torch.Tensor:
-    u = _dropped(x, seed, p) @ _expand(A, None, terms, x.dtype).t()
-    return u.mul_(1.0 / (1.0 - p)) if p > 0.0 else u
-
-
-def _composed_weight(
-    weight: torch.Tensor,
-    A: torch.Tensor,
-    B: torch.Tensor,
-    h: torch.Tensor | None,
-    scale: float,
-    terms: Terms,
-) -> torch.Tensor:
-    phi_B = _expand(B.t(), h, terms, weight.dtype)
-    phi_A = _expand(A, None, terms, weight.dtype)
-    return torch.addmm(weight, phi_B.t(), phi_A, alpha=scale)
+def _base(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    """x W0ᵀ + bias ``(T, M)``, contiguous."""
+    if (
+        torch.compiler.is_compiling()
+        or x.device.type != "cpu"
+        or x.dtype != torch.float32
+        or x.shape[0] not in TRANSPOSED_TOKENS
+    ):
+        return F.linear(x, weight, bias).contiguous()
+    if bias is None:
+        return (weight @ x.t()).t().contiguous()
+    return torch.addmm(bias.unsqueeze(1), weight, x.t()).t().contiguous()
 
 
 def linear_forward(
@@ -140,18 +57,22 @@ def linear_forward(
     dropout_p: float,
     composed: bool,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """(y, u): y on a dense ``weight`` or a base layer's output; u ``(T, K)``, empty if composed."""
+    """(y, u): y on a dense ``weight`` or a base layer's output; u ``(T, K)``, empty if composed.
+
+    K is R where h is frozen at zero: its pairs are never formed.
+    """
+    rows = tokens(x)
     if composed:
         assert weight is not None
         return F.linear(x, _composed_weight(weight, A, B, h, scale, terms), bias), x.new_empty(0)
     if weight is not None:
-        y = F.linear(x, weight, bias).contiguous()
+        y = _base(rows, weight, bias)
     else:
         assert base_out is not None
-        y = base_out.clone(memory_format=torch.contiguous_format)
-    u = _project(tokens(x), A, seed, dropout_p, terms)
-    _add_product(tokens(y), u, _expand(B.t(), h, terms, x.dtype), scale)
-    return y, u
+        y = tokens(base_out.clone(memory_format=torch.contiguous_format))
+    adapter = Adapters([A], [B], [h], seed, scale, terms, dropout_p)
+    u = add_update([y], rows, adapter)
+    return y.view(*x.shape[:-1], B.shape[0]), u
 
 
 def linear_backward(
@@ -172,47 +93,125 @@ def linear_backward(
     """(dx, dA, dB, dh), those of ``needs``; dx is the adapter's part alone where ``weight`` is
     None.
     """
-    need_x, need_A, need_B, need_h = needs
-    dx = dA = dB = dh = None
-    rows, R = tokens(dy), A.shape[0]
-    keep_scale = 1.0 / (1.0 - dropout_p)
-    if (need_x and not composed) or need_A or need_h:
-        v = rows @ _expand(B.t(), None, terms, dy.dtype).t()
+    need_x, *need_parameters = needs
+    rows, dx = tokens(dy), None
     if need_x and composed:
         assert weight is not None
-        dx = dy @ _composed_weight(weight, A, B, h, scale, terms)
-    elif need_x:
-        phi_A = _expand(A, h, terms, dy.dtype)
-        shape = (*dy.shape[:-1], A.shape[1])
-        if weight is not None and dropout_p == 0.0:
-            dx = (dy @ weight).contiguous()
-            _add_product(tokens(dx), v, phi_A, scale)
-        else:
-            update = _dropped((v @ phi_A).mul_(scale * keep_scale), seed, dropout_p).view(shape)
-            dx = update if weight is None else update.add_(dy @ weight)
-    if (need_B or need_h) and u is None:
-        assert x is not None
-        u = _project(tokens(x), A, seed, dropout_p, terms)
-    if need_B:
-        assert u is not None
-        dB = _contract((u.t() @ rows).mul_(scale), B.t(), h, terms).t().contiguous()
-    if need_h and h is not None:
-        assert u is not None
-        work = _at_least_float32(u.dtype)
-        products = (u[:, R:].to(work) * v[:, R:]).sum(0)
-        dh = _coefficient_gradient(products, h, R, scale, terms)
-    if need_A:
-        assert x is not None
-        dphi_A = v.t() @ _dropped(tokens(x), seed, dropout_p)
-        dA = _contract(dphi_A.mul_(scale * keep_scale), A, h, terms)
-    return dx, dA, dB, dh
+        dx = rows @ _composed_weight(weight, A, B, h, scale, terms)
+    elif need_x and weight is not None:
+        dx = (rows @ weight).contiguous()
+    dx, gradients = add_gradients(
+        [rows],
+        None if x is None else tokens(x),
+        u,
+        dx,
+        Adapters([A], [B], [h], seed, scale, terms, dropout_p),
+        need_x and not composed,
+        need_parameters,
+    )
+    if dx is not None:
+        dx = dx.view(*dy.shape[:-1], A.shape[1])
+    return dx, *gradients
+
+
+def group_forward(
+    x: torch.Tensor,
+    weights: Sequence[torch.Tensor],
+    biases: Sequence[torch.Tensor | None],
+    As: Sequence[torch.Tensor],
+    Bs: Sequence[torch.Tensor],
+    hs: Sequence[torch.Tensor | None],
+    seed: torch.Tensor | None,
+    scale: float,
+    terms: Terms,
+    dropout_p: float,
+) -> list[torch.Tensor]:
+    """y of every layer of a group that shares x, and u ``(T, G K)`` of all; one dropout mask.
+
+    Ranks are equal, out features need not be.
+    """
+    rows = tokens(x)
+    ys = [_base(rows, weight, bias) for weight, bias in zip(weights, biases, strict=True)]
+    u = add_update(ys, rows, Adapters(As, Bs, hs, seed, scale, terms, dropout_p))
+    return [*(y.view(*x.shape[:-1], y.shape[1]) for y in ys), u]
+
+
+def group_backward(
+    dys: Sequence[torch.Tensor | None],
+    x: torch.Tensor | None,
+    u: torch.Tensor | None,
+    weights: Sequence[torch.Tensor],
+    As: Sequence[torch.Tensor],
+    Bs: Sequence[torch.Tensor],
+    hs: Sequence[torch.Tensor | None],
+    seed: torch.Tensor | None,
+    scale: float,
+    terms: Terms,
+    dropout_p: float,
+    needs: Sequence[bool],
+) -> list[torch.Tensor | None]:
+    """dx, then dA, dB, dh of every layer, those of ``needs``.
+
+    An output that was not used may have None in ``dys``; its layer's gradients are None then.
+    """
+    used = [g for g, dy in enumerate(dys) if dy is not None]
+    gradients: list[torch.Tensor | None] = [None] * len(needs)
+    if not used:
+        return gradients
+    like, *_ = given = [dy for dy in dys if dy is not None]
+    rows = [tokens(dy) for dy in given]
+    if u is not None and len(used) < len(dys):
+        parts = u.tensor_split(len(dys), 1)
+        u = torch.cat([parts[g] for g in used], 1)
+    dx = None
+    if needs[0]:
+        dx = (rows[0] @ weights[used[0]]).contiguous()
+        for g, dy in zip(used[1:], rows[1:], strict=True):
+            dx.addmm_(dy, weights[g])
+    adapters = Adapters(
+        [As[g] for g in used],
+        [Bs[g] for g in used],
+        [hs[g] for g in used],
+        seed,
+        scale,
+        terms,
+        dropout_p,
+    )
+    dx, found = add_gradients(
+        rows,
+        None if x is None else tokens(x),
+        u,
+        dx,
+        adapters,
+        needs[0],
+        [needs[1 + 3 * g + k] for g in used for k in range(3)],
+    )
+    for position, g in enumerate(used):
+        gradients[1 + 3 * g : 4 + 3 * g] = found[3 * position : 3 * position + 3]
+    if dx is not None:
+        gradients[0] = dx.view(*like.shape[:-1], dx.shape[1])
+    return gradients
+
+
+def _composed_weight(
+    weight: torch.Tensor,
+    A: torch.Tensor,
+    B: torch.Tensor,
+    h: torch.Tensor | None,
+    scale: float,
+    terms: Terms,
+) -> torch.Tensor:
+    phi_A = expand(A, terms, weight.dtype)
+    phi_B = expand(B.t(), terms, weight.dtype, coefficients(h, A.shape[0], 1.0, terms))
+    return torch.addmm(weight, phi_B.t(), phi_A, alpha=scale)
 
 
 def delta_forward(
     A: torch.Tensor, B: torch.Tensor, h: torch.Tensor | None, scale: float, terms: Terms
 ) -> torch.Tensor:
     """ΔW ``(M, N)`` in the dtype of A."""
-    return (_expand(B.t(), h, terms, A.dtype).t() @ _expand(A, None, terms, A.dtype)).mul_(scale)
+    c = coefficients(h, A.shape[0], 1.0, terms)
+    return (expand(B.t(), terms, A.dtype, c).t() @ expand(A, terms, A.dtype)).mul_(scale)
 
 
 def delta_backward(
@@ -227,15 +226,14 @@ def delta_backward(
     """(dA, dB, dh), those of ``needs``, from the gradient G ``(M, N)`` of ΔW."""
     need_A, need_B, need_h = needs
     dA = dB = dh = None
-    R, phi_A = A.shape[0], _expand(A, None, terms, G.dtype)
+    R, phi_A = A.shape[0], expand(A, terms, G.dtype)
+    c = coefficients(h, R, 1.0, terms)
     if need_A or need_h:
-        dphi_A = _expand(B.t(), None, terms, G.dtype) @ G
+        dphi_A = expand(B.t(), terms, G.dtype) @ G
         if need_h and h is not None:
-            work = _at_least_float32(G.dtype)
-            products = (dphi_A[R:].to(work) * phi_A[R:]).sum(1)
-            dh = _coefficient_gradient(products, h, R, scale, terms)
+            dh = coefficient_gradient(dphi_A.t(), phi_A.t(), h, R, scale, terms)
         if need_A:
-            dA = _contract(dphi_A.mul_(scale), A, h, terms)
+            dA = contract(dphi_A.mul_(scale), A, terms, c)
     if need_B:
-        dB = _contract((phi_A @ G.t()).mul_(scale), B.t(), h, terms).t().contiguous()
+        dB = contract((phi_A @ G.t()).mul_(scale), B.t(), terms, c).t().contiguous()
     return dA, dB, dh

@@ -1,0 +1,254 @@
+"""The adapters' part of the ``torch`` backend, for one layer or several that share an input.
+
+The coefficients and the scale meet the small ``(T, K)`` side of a product, so that φ(A) and φ(B)
+are bare. float16 is the exception: there the products round and overflow where those of the
+reference do.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+from typing import NamedTuple
+
+import torch
+
+from . import lean_few
+from .dropout import keep_mask
+from .lean_cache import Expansions, lookup, readable
+from .lean_factors import coefficient_gradient, coefficients, contract, expand, work_dtype
+from .terms import Terms
+
+__all__ = ["Adapters", "add_gradients", "add_update"]
+
+# Up to so many tokens, and no more than R, the pairs' gradients come from Gram matrices.
+FEW_TOKENS = 16
+
+
+class Adapters(NamedTuple):
+    """G adapters of one rank on one input: A ``(R, N)``, B ``(M_g, R)``, h ``(L,)`` or None."""
+
+    As: Sequence[torch.Tensor]
+    Bs: Sequence[torch.Tensor]
+    hs: Sequence[torch.Tensor | None]
+    seed: torch.Tensor | None
+    scale: float
+    terms: Terms
+    dropout_p: float
+
+    @property
+    def R(self) -> int:
+        return self.As[0].shape[0]
+
+    @property
+    def keep_scale(self) -> float:
+        return 1.0 / (1.0 - self.dropout_p)
+
+    def dropped(self, x: torch.Tensor) -> torch.Tensor:
+        """x with the dropped elements zero; the factor 1/(1-p) is left to the small side."""
+        if self.dropout_p == 0.0 or self.seed is None:
+            return x
+        return x.masked_fill(~keep_mask(self.seed, x.shape[0], x.shape[1], self.dropout_p), 0.0)
+
+    def expansions(self, g: int, dtype: torch.dtype) -> Expansions:
+        """Of member g; float16 has the coefficients in φ(B)."""
+        A, B, h = self.As[g], self.Bs[g], self.hs[g]
+        phi_A = expand(A, self.terms, dtype)
+        if dtype == torch.float16:
+            c = coefficients(h, self.R, 1.0, self.terms)
+            return Expansions(phi_A, expand(B.t(), self.terms, dtype, c), None)
+        c = coefficients(h, self.R, self.scale, self.terms)
+        return Expansions(phi_A, expand(B.t(), self.terms, dtype), c)
+
+    def kept_expansions(self, g: int, dtype: torch.dtype) -> Expansions:
+        """:meth:`expansions`, from those that are kept if they are."""
+        A, B, h = self.As[g], self.Bs[g], self.hs[g]
+        make = partial(self.expansions, g, dtype)
+        if h is None:
+            return make()
+        return lookup(A, B, h, self.scale, self.terms, dtype, make) or make()
+
+    def weights(self, scale: float) -> list[torch.Tensor | None]:
+        """s (1, h) ``(K,)`` of each, in circular order."""
+        return [coefficients(h, self.R, scale, self.terms) for h in self.hs]
+
+    def linear(self) -> Adapters:
+        """These adapters without their pairs."""
+        return self._replace(hs=[None] * len(self.hs), terms="linear")
+
+
+def _all_zero(hs: Sequence[torch.Tensor | None]) -> bool:
+    """Whether all coefficients are seen to be zero."""
+    if torch.compiler.is_compiling():
+        return False
+    return all(h is not None and readable(h) and not h.any() for h in hs)
+
+
+def _project(x: torch.Tensor, phi: torch.Tensor) -> torch.Tensor:
+    """x φᵀ ``(T, K)``. In half precision stored column by column: what follows is faster then."""
+    if x.dtype.itemsize == 2 and (torch.compiler.is_compiling() or x.shape[0] > FEW_TOKENS):
+        return (phi @ x.t()).t()
+    return x @ phi.t()
+
+
+def _side_by_side(us: Sequence[torch.Tensor]) -> torch.Tensor:
+    """``(T, K)`` of each -> ``(T, G K)``, stored column by column if there are several."""
+    return us[0] if len(us) == 1 else torch.cat([u.t() for u in us]).t()
+
+
+def _weighted(u: torch.Tensor, c: torch.Tensor | None, scale: float) -> torch.Tensor:
+    """s (u ∘ c) rounded once to the dtype of u, which float16 leaves to what follows.
+
+    ``c`` holds s already.
+    """
+    if u.dtype == torch.float16:
+        return u
+    return u * scale if c is None else (u * c).to(u.dtype)
+
+
+def _add_product(
+    out: torch.Tensor, weighted: torch.Tensor, phi: torch.Tensor, scale: float
+) -> torch.Tensor:
+    """out + weighted φ, in place. float16 rounds the product, then s times it, as the reference."""
+    if out.dtype == torch.float16:
+        return out.add_((weighted @ phi).mul_(scale))
+    return out.addmm_(weighted, phi)
+
+
+def add_update(ys: Sequence[torch.Tensor], x: torch.Tensor, adapters: Adapters) -> torch.Tensor:
+    """Adds s (x̂ φ(A)ᵀ ∘ c) φ(B)ᵀ to each y ``(T, M_g)``; returns u ``(T, G K)`` of all.
+
+    K is R where all h are frozen at zero: their pairs are never formed.
+    """
+    frozen = not any(h is not None and h.requires_grad for h in adapters.hs)
+    if frozen and x.dtype != torch.float16 and _all_zero(adapters.hs):
+        adapters = adapters.linear()
+    x, us = adapters.dropped(x), []
+    for g, y in enumerate(ys):
+        own = adapters.kept_expansions(g, x.dtype)
+        u = _project(x, own.phi_A)
+        if adapters.dropout_p > 0.0:
+            u.mul_(adapters.keep_scale)
+        _add_product(y, _weighted(u, own.c, adapters.scale), own.phi_B, adapters.scale)
+        us.append(u)
+    return _side_by_side(us)
+
+
+def add_gradients(
+    dys: Sequence[torch.Tensor],
+    x: torch.Tensor | None,
+    u: torch.Tensor | None,
+    dx: torch.Tensor | None,
+    adapters: Adapters,
+    need_x: bool,
+    needs: Sequence[bool],
+) -> tuple[torch.Tensor | None, list[torch.Tensor | None]]:
+    """(dx, [dA, dB, dh of each]); the adapters' dx is added to the given one in place."""
+    dtype, G = dys[0].dtype, len(dys)
+    in_phi = dtype == torch.float16
+    need_A = any(needs[0::3])
+    # As the forward decided: its u shows it.
+    if not any(needs[2::3]) and (
+        u.shape[1] == G * adapters.R if u is not None else not in_phi and _all_zero(adapters.hs)
+    ):
+        adapters = adapters.linear()
+    terms, R, scale, keep_scale = adapters.terms, adapters.R, adapters.scale, adapters.keep_scale
+    x = None if x is None else adapters.dropped(x)
+    if (
+        not torch.compiler.is_compiling()
+        and 0 < dys[0].shape[0] <= min(FEW_TOKENS, R)
+        and terms in ("full", "cross")
+        and not in_phi
+    ):
+        return _add_gradients_few(dys, x, u, dx, adapters, need_x, needs)
+    gradients: list[torch.Tensor | None] = [None] * (3 * G)
+    us = [None] * G if u is None else u.tensor_split(G, 1)
+    cs = adapters.weights(1.0 if in_phi else scale)
+    # φ(A)ᵀ and the contraction take the coefficients of float16.
+    phi_cs = cs if in_phi else [None] * G
+    vs = []
+    for g, (dy, u, A, B, h) in enumerate(
+        zip(dys, us, adapters.As, adapters.Bs, adapters.hs, strict=True)
+    ):
+        _, need_B, need_h = needs[3 * g : 3 * g + 3]
+        if u is None and (need_B or need_h):
+            assert x is not None
+            u = _project(x, expand(A, terms, dtype)).mul_(keep_scale)
+        if need_B:
+            assert u is not None
+            dphi = _weighted(u, cs[g], scale).t() @ dy
+            dphi = dphi.mul_(scale) if in_phi else dphi
+            gradients[3 * g + 1] = contract(dphi, B.t(), terms, phi_cs[g]).t().contiguous()
+        if need_x or need_A or need_h:
+            v = _project(dy, expand(B.t(), terms, dtype))
+        if need_h:
+            assert u is not None and h is not None
+            gradients[3 * g + 2] = coefficient_gradient(u, v, h, R, scale, terms)
+        if need_x or need_A:
+            vs.append(_weighted(v, cs[g], scale))
+            if adapters.dropout_p > 0.0:
+                vs[-1] = vs[-1] * keep_scale
+        if need_x:
+            phi_A = expand(A, terms, dtype, phi_cs[g])
+            if dx is not None and adapters.dropout_p == 0.0:
+                _add_product(dx, vs[-1], phi_A, scale)
+            else:
+                part = vs[-1] @ phi_A
+                part = adapters.dropped(part.mul_(scale) if in_phi else part)
+                dx = part if dx is None else dx.add_(part)
+    if need_A:
+        assert x is not None
+        dphi = _side_by_side(vs).t() @ x
+        dphi = dphi.mul_(scale) if in_phi else dphi
+        for g, (own, A) in enumerate(zip(dphi.tensor_split(G), adapters.As, strict=True)):
+            gradients[3 * g] = contract(own, A, terms, phi_cs[g])
+    return dx, gradients
+
+
+def _add_gradients_few(
+    dys: Sequence[torch.Tensor],
+    x: torch.Tensor | None,
+    u: torch.Tensor | None,
+    dx: torch.Tensor | None,
+    adapters: Adapters,
+    need_x: bool,
+    needs: Sequence[bool],
+) -> tuple[torch.Tensor | None, list[torch.Tensor | None]]:
+    work, terms, G = work_dtype(adapters.As[0].dtype), adapters.terms, len(dys)
+    z = None if x is None else x.to(work).contiguous()
+    if z is not None and adapters.dropout_p > 0.0:
+        z = z * adapters.keep_scale
+    us = [None] * G if u is None else u.tensor_split(G, 1)
+    gradients: list[torch.Tensor | None] = [None] * (3 * G)
+    for g, c in enumerate(adapters.weights(adapters.scale)):
+        need_A, need_B, need_h = needs[3 * g : 3 * g + 3]
+        assert c is not None
+        A, B, h, own = adapters.As[g], adapters.Bs[g], adapters.hs[g], us[g]
+        A_rows, B_rows = A.to(work), B.t().to(work).contiguous()
+        dz = dys[g].to(work).contiguous()
+        if (need_B or need_h) and own is None:
+            assert z is not None
+            own = lean_few.project(z, A_rows, terms)
+        if need_x or need_A or need_h:
+            v = lean_few.project(dz, B_rows, terms)
+        if need_h:
+            assert own is not None and h is not None
+            gradients[3 * g + 2] = coefficient_gradient(
+                own, v, h, adapters.R, adapters.scale, terms
+            )
+        if need_x or need_A:
+            weighted = v * c
+            spread = lean_few.spread(weighted, A_rows, terms)
+        if need_x:
+            part = lean_few.update(spread, weighted, A_rows)
+            if adapters.dropout_p > 0.0:
+                part = adapters.dropped(part.mul_(adapters.keep_scale))
+            dx = part.to(dys[g].dtype) if dx is None else dx.add_(part)
+        if need_A:
+            assert z is not None
+            gradients[3 * g] = lean_few.gradient(spread, z).to(A.dtype)
+        if need_B:
+            assert own is not None
+            spread = lean_few.spread(own * c, B_rows, terms)
+            gradients[3 * g + 1] = lean_few.gradient(spread, dz).t().to(B.dtype).contiguous()
+    return dx, gradients
