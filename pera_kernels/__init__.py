@@ -3,6 +3,7 @@
 from . import reference
 from .adapt import adapted_modules, adapter_parameters, inject, parameter_groups
 from .functional import delta_weight, expand_factors, pera_linear
+from .groups import group_projections
 from .module import PeraLinear
 from .terms import expanded_rank
 
@@ -15,6 +16,7 @@ __all__ = [
     "delta_weight",
     "expand_factors",
     "expanded_rank",
+    "group_projections",
     "inject",
     "parameter_groups",
     "pera_linear",

@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
+from .groups import group_projections
 from .module import PeraLinear, check_adapter_options
 from .terms import Terms
 
@@ -87,6 +88,7 @@ def inject(
     adapter_dtype: torch.dtype | None = None,
     backend: str = "auto",
     plan: str = "auto",
+    group: bool = True,
 ) -> ModelT:
     """Replace linear layers of ``model`` by :class:`PeraLinear` in place and freeze everything
     else.
@@ -97,6 +99,8 @@ def inject(
             regular expression that must match a whole path; it passes over modules that are not
             linear.
         r, alpha, terms, dropout, init, adapter_dtype, backend, plan: see :class:`PeraLinear`.
+        group: evaluate projections together that surely share their input (see
+            :func:`group_projections`).
 
     Returns:
         The same model. Adapters that were there before stay as they are, and trainable.
@@ -143,6 +147,8 @@ def inject(
             parameter.requires_grad_(False)
     for name, parent, layer in found:
         setattr(parent, name.rpartition(".")[2], adapted[layer])
+    if group:
+        group_projections(model)
     return model
 
 

@@ -13,7 +13,7 @@ from torch.autograd.function import once_differentiable
 from .backends import implementation
 from .terms import Terms
 
-__all__ = ["DeltaWeight", "PeraLinearFunction", "Settings"]
+__all__ = ["DeltaWeight", "PeraGroupFunction", "PeraLinearFunction", "Settings"]
 
 
 @dataclass(frozen=True)
@@ -96,6 +96,72 @@ class PeraLinearFunction(torch.autograd.Function):
         )
         dx, dA, dB, dh = _wanted(gradients, needs)
         return dx, None, None, dy if need_base else None, dA, dB, dh, None, None
+
+
+class PeraGroupFunction(torch.autograd.Function):
+    """:class:`PeraLinearFunction` for G dense layers of one rank that share x: one read of x, one
+    accumulated dx, one dropout mask.
+
+    After x, the seed and the settings come weight, bias, A, B and h of every layer; the outputs are
+    a tuple of y ``(..., M_g)``. Keeps x only for the dA, u ``(T, G K)`` only for dB and dh, and the
+    parameters.
+    """
+
+    @staticmethod
+    def forward(ctx, x, seed, settings, *layers):
+        s = settings
+        weights, biases, As, Bs, hs = (list(layers[k::5]) for k in range(5))
+        *ys, u = implementation(s.backend).group_forward(
+            x,
+            [_as(weight, x) for weight in weights],
+            [_as(bias, x) for bias in biases],
+            As,
+            Bs,
+            hs,
+            seed,
+            s.scale,
+            s.terms,
+            s.dropout_p,
+        )
+        needs = [ctx.needs_input_grad[3 + k :: 5] for k in (2, 3, 4)]
+        need_A, need_u = any(needs[0]), any(needs[1]) or any(needs[2])
+        ctx.settings = settings
+        ctx.save_for_backward(
+            x if need_A else None, u if need_u else None, seed, *weights, *As, *Bs, *hs
+        )
+        return tuple(ys)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, *dys):
+        x, u, seed, *rest = ctx.saved_tensors
+        G, s = len(dys), ctx.settings
+        weights, As, Bs, hs = (rest[k * G : (k + 1) * G] for k in range(4))
+        own = [
+            need for g in range(G) for need in ctx.needs_input_grad[3 + 5 * g + 2 : 3 + 5 * g + 5]
+        ]
+        needs = (ctx.needs_input_grad[0], *own)
+        if not any(needs):
+            return (None,) * len(ctx.needs_input_grad)
+        dx, *gradients = _wanted(
+            implementation(s.backend).group_backward(
+                list(dys),
+                x,
+                u,
+                [_as(weight, dys[0]) for weight in weights],
+                As,
+                Bs,
+                hs,
+                seed,
+                s.scale,
+                s.terms,
+                s.dropout_p,
+                needs,
+            ),
+            needs,
+        )
+        layers = (gradients[3 * g : 3 * g + 3] for g in range(G))
+        return dx, None, None, *(d for layer in layers for d in (None, None, *layer))
 
 
 class DeltaWeight(torch.autograd.Function):

@@ -3,18 +3,24 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from numbers import Real
 
 import torch
+from torch.utils.weak import WeakIdKeyDictionary
 
 from . import reference
-from .autograd import DeltaWeight, PeraLinearFunction, Settings
+from .autograd import DeltaWeight, PeraGroupFunction, PeraLinearFunction, Settings
 from .backends import check_backend, check_plan, resolve
 from .dropout import draw_seed
 from .terms import Terms, check_terms, coefficient_count
 
 __all__ = ["delta_weight", "expand_factors", "pera_linear"]
 
+# weight, bias, A, B, h.
+Layer = tuple[
+    torch.Tensor, "torch.Tensor | None", torch.Tensor, torch.Tensor, "torch.Tensor | None"
+]
 FLOATING = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -151,6 +157,32 @@ def _autocast_dtype(x: torch.Tensor) -> torch.dtype | None:
     return None
 
 
+# Coefficients on a GPU: their version when they were last looked at, and whether they were zero.
+_seen_zero: WeakIdKeyDictionary = WeakIdKeyDictionary()
+
+
+def frozen_at_zero(h: torch.Tensor) -> bool:
+    """Whether h can be left out with all its pairs: it is not trained and every entry is zero.
+
+    On a GPU looking would wait for the device, so there a parameter is looked at when its version
+    or its memory has changed (a write through ``.data`` changes neither), and never while a graph
+    is captured; other tensors are not looked at.
+    """
+    if h.requires_grad or torch.compiler.is_compiling() or not h.numel():
+        return False
+    if h.device.type == "cpu":
+        return type(h) in (torch.Tensor, torch.nn.Parameter) and not bool(h.any())
+    if not h.is_cuda or not isinstance(h, torch.nn.Parameter):
+        return False
+    state = (h._version, h.data_ptr())
+    seen = _seen_zero.get(h)
+    if torch.cuda.is_current_stream_capturing():
+        return False
+    if seen is None or seen[0] != state:
+        seen = _seen_zero[h] = (state, not bool(h.any()))
+    return seen[1]
+
+
 def pera_linear(
     x: torch.Tensor,
     weight: torch.Tensor,
@@ -232,6 +264,8 @@ def linear_or_update(
         )
     dtypes = (x.dtype, A.dtype) if h is None else (x.dtype, A.dtype, h.dtype)
     name = resolve(backend, x.device, dtypes)
+    if h is not None and frozen_at_zero(h):
+        h, terms = None, "linear"
     seed = draw_seed(x.device) if dropout_p > 0.0 else None
     with torch.autocast(x.device.type, enabled=False):
         if name != "reference":
@@ -253,6 +287,37 @@ def linear_or_update(
             bias = None if bias is None else bias.to(x.dtype)
             base_out = torch.nn.functional.linear(x, weight.to(x.dtype), bias)
         return base_out + update
+
+
+def linear_group(
+    x: torch.Tensor,
+    layers: Sequence[Layer],
+    scale: float,
+    terms: Terms,
+    dropout_p: float,
+    backend: str,
+) -> tuple[torch.Tensor, ...]:
+    """:func:`pera_linear` of several layers of one rank on the same x, read once; a tuple of y.
+
+    They share the dropout mask. The backend must not be the reference, which knows no groups.
+    """
+    for weight, bias, A, B, _ in layers:
+        _check_input(x, weight, bias, None, A, B)
+    autocast = _autocast_dtype(x)
+    if autocast is not None:
+        x = x.to(autocast)
+    else:
+        for weight, bias, _, _, _ in layers:
+            _check_same_dtype(x, weight, bias, None)
+    tensors = [t for layer in layers for t in layer[2:] if t is not None]
+    name = resolve(backend, x.device, (x.dtype, *{t.dtype for t in tensors}))
+    hs = [h for *_, h in layers if h is not None]
+    if hs and all(frozen_at_zero(h) for h in hs):
+        layers, terms = [(*layer[:4], None) for layer in layers], "linear"
+    seed = draw_seed(x.device) if dropout_p > 0.0 else None
+    settings = Settings(float(scale), terms, name, float(dropout_p))
+    with torch.autocast(x.device.type, enabled=False):
+        return PeraGroupFunction.apply(x, seed, settings, *(t for layer in layers for t in layer))
 
 
 def delta_weight(

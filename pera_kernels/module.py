@@ -6,7 +6,7 @@ import contextlib
 import math
 from collections.abc import Iterator
 from numbers import Real
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -16,6 +16,9 @@ from . import functional, reference
 from .backends import check_backend, check_plan, resolve
 from .functional import FLOATING, check_dropout
 from .terms import Terms, check_rank, check_terms, coefficient_count
+
+if TYPE_CHECKING:
+    from .groups import InputGroup
 
 __all__ = ["PeraLinear"]
 
@@ -190,6 +193,8 @@ class PeraLinear(nn.Module):
         self.plan = plan
         self.merged = False
         self._disabled_depth = 0
+        # Set by group_projections: layers that share their input with this one.
+        self._group: InputGroup | None = None
         self.register_buffer("merged_base", None, persistent=False)
         device, dtype = self._adapter_place(adapter_dtype)
         if backend != "auto" and device.type != "meta":
@@ -234,6 +239,8 @@ class PeraLinear(nn.Module):
         return F.linear(x, self.base_weight(), self.bias)
 
     def _adapted_forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self._group is not None and (y := self._group.output_of(self, x)) is not None:
+            return y
         return self._apply_adapter(x, self.weight, self.bias, None)
 
     def _apply_adapter(

@@ -8,6 +8,7 @@ import torch
 import pera_kernels as pk
 from pera_kernels import ops
 from pera_kernels.backends import unavailable
+from pera_kernels.terms import lane_count
 from tools import numerics
 from tools.numerics import Case
 
@@ -77,7 +78,7 @@ def arguments(device):
         pytest.skip(reason)
     p = numerics.make_inputs(Case(r=3, T=9, N=20, M=12), device)
     seed = torch.tensor([5], device=device)
-    u = torch.randn(9, pk.expanded_rank(3), device=device)
+    u = torch.randn(9, lane_count(3), device=device)
     return p, seed, u
 
 
