@@ -1,61 +1,142 @@
 #!/usr/bin/env bash
-# Everything a GPU can say about this checkout, in under nine minutes: tools/gpu_check.sh OUT
-# Needs torch, triton, numpy and pytest; the package need not be installed. Each part is bounded in
-# time and reports on its own, so that one that fails or hangs does not silence the others.
+# Everything a GPU can say about this checkout, in parts of less than nine minutes each.
+# Needs torch, triton, numpy and pytest, for some contenders peft and transformers; the package need
+# not be installed.
 set -u
-if [ $# -ne 1 ]; then
-    echo "usage: tools/gpu_check.sh OUT" >&2
+
+usage() {
+    cat >&2 <<'TEXT'
+usage: tools/gpu_check.sh PART OUT [--again]
+
+  check   environment, tests, every op against float64, compute-sanitizer where it is installed
+  bench   every contender, every kernel alone, host time of a call    -> OUT/rows.jsonl
+  layer   training step of a decoder layer                            -> OUT/decoder.jsonl
+  tune    tiles for this GPU                                          -> OUT/tune-*.jsonl, OUT/sm_*.json
+  all     these, in this order
+
+What a part prints goes to OUT/PART.txt. A part that passed is skipped when it is asked for again,
+unless with --again; one that was cut short goes on where it stopped. Compiled kernels are kept in
+OUT/.triton. Exit status: 0, 1 if anything failed, 2 for bad usage or without a GPU.
+TEXT
     exit 2
-fi
-mkdir -p "$1" || exit 2
-out=$(cd "$1" && pwd)
+}
+
+again=no
+words=()
+for word in "$@"; do
+    case $word in
+    --again) again=yes ;;
+    -*) usage ;;
+    *) words+=("$word") ;;
+    esac
+done
+[ ${#words[@]} -eq 2 ] || usage
+case ${words[0]} in
+check | bench | layer | tune) parts=("${words[0]}") ;;
+all) parts=(check bench layer tune) ;;
+*) usage ;;
+esac
+mkdir -p "${words[1]}" || exit 2
+out=$(cd "${words[1]}" && pwd)
 cd "$(dirname "$0")/.." || exit 2
 export PYTHONPATH="$PWD" PYTHONUNBUFFERED=1 TRITON_CACHE_DIR="$out/.triton"
 unset TRITON_INTERPRET
+
+if ! python3 -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then
+    echo "gpu_check: no GPU: PyTorch finds no CUDA device here" >&2
+    exit 2
+fi
+
+# A part never takes longer than this, whatever the limits of its steps add up to.
+part_seconds=530
 failed=0
 summary=()
 
-part() { # part NAME SECONDS COMMAND...
-    local name=$1 limit=$2 start=$SECONDS code=0
+# step NAME SECONDS COMMAND...: run it within its limit and what is left of the part.
+step() {
+    local name=$1 limit=$2 start=$SECONDS code=0 left
     shift 2
-    echo "== $name"
-    timeout --kill-after=10 "$limit" "$@" >"$out/$name.txt" 2>&1 || code=$?
-    tail -n 3 "$out/$name.txt"
+    left=$((part_seconds - (SECONDS - part_start)))
+    [ "$limit" -le "$left" ] || limit=$left
+    if [ "$limit" -lt 5 ]; then
+        note "NOT RUN $name: no time left in this part"
+        part_failed=1
+        return
+    fi
+    echo "== $name" | tee -a "$log"
+    timeout --kill-after=5 "$limit" "$@" >>"$log" 2>&1 || code=$?
+    tail -n 2 "$log"
     case $code in
-    0) summary+=("ok      $name ($((SECONDS - start)) s)") ;;
-    124 | 137) summary+=("TIMEOUT $name after $limit s, see $name.txt") failed=1 ;;
-    *) summary+=("FAILED  $name (exit $code), see $name.txt") failed=1 ;;
+    0) note "ok      $name ($((SECONDS - start)) s)" ;;
+    124 | 137) note "TIMEOUT $name after $limit s, see $part.txt" && part_failed=1 ;;
+    *) note "FAILED  $name (exit $code), see $part.txt" && part_failed=1 ;;
     esac
 }
 
-part environment 30 python3 - <<'PY'
-import platform, sys
-import numpy, torch, triton
-print("python", platform.python_version(), "torch", torch.__version__, "triton", triton.__version__,
-      "numpy", numpy.__version__)
-if not torch.cuda.is_available():
-    sys.exit("no CUDA device")
+note() {
+    summary+=("$1")
+    echo "$1" >>"$log"
+}
+
+environment='
+import platform, numpy, torch, triton
+print("python", platform.python_version(), "torch", torch.__version__, "triton",
+      triton.__version__, "numpy", numpy.__version__)
 p = torch.cuda.get_device_properties(0)
 print(p.name, f"sm_{p.major}{p.minor}", p.multi_processor_count, "multiprocessors",
       p.total_memory >> 20, "MiB")
-PY
-part tests 140 python3 -m pytest -q tests/test_cuda.py tests/test_autograd.py tests/test_dropout.py \
-    tests/test_numerics.py -k "not test_torch_backend" -p no:cacheprovider
-part verify 130 python3 -m tools.verify --device cuda --json "$out/verify.json"
-if command -v compute-sanitizer >/dev/null; then
+'
+
+check() {
+    step environment 30 python3 -c "$environment"
+    step tests 150 python3 -m pytest -q tests/test_cuda.py tests/test_autograd.py \
+        tests/test_dropout.py tests/test_numerics.py -k "not test_torch_backend" \
+        -p no:cacheprovider
+    step verify 200 python3 -m tools.verify --device cuda
+    if ! command -v compute-sanitizer >/dev/null; then
+        note "absent  compute-sanitizer: memcheck and racecheck not run"
+        return
+    fi
+    local tool
     for tool in memcheck racecheck; do
-        part "sanitizer-$tool" 35 compute-sanitizer --tool "$tool" --error-exitcode 9 \
+        step "$tool" 60 compute-sanitizer --tool "$tool" --error-exitcode 9 \
             python3 -m tools.verify --device cuda --backend triton --terms full --ranks 3 \
-            --dtypes bfloat16 --shapes 33x70x50
+            --dtypes bfloat16 --shapes 33x70x50 --jobs 0
     done
-else
-    summary+=("absent  compute-sanitizer: memcheck and racecheck not run")
-fi
-part benchmarks 110 python3 -m benchmarks --device cuda --out "$out/benchmarks.jsonl"
-rm -rf "$out/.triton"
+}
+
+bench() {
+    step precompile 70 python3 -m tools.tune.precompile --for layers,kernels --budget 60
+    step kernels 60 python3 -m benchmarks.kernels --budget 40 --resume --out "$out/rows.jsonl"
+    step host 40 python3 -m benchmarks.host --device cuda --out "$out/rows.jsonl"
+    step benchmarks 380 python3 -m benchmarks --device cuda --preset gpu --budget 340 --resume \
+        --out "$out/rows.jsonl"
+}
+
+layer() {
+    step precompile 60 python3 -m tools.tune.precompile --for decoder --budget 50
+    step decoder 260 python3 -m benchmarks.decoder --device cuda --out "$out/decoder.jsonl"
+    step checkpointing 200 python3 -m benchmarks.decoder --device cuda --checkpointing \
+        --out "$out/decoder.jsonl"
+}
+
+tune() {
+    step tune 480 python3 -m tools.tune --budget 440 --resume --write --out "$out" --tables "$out"
+}
+
+for part in "${parts[@]}"; do
+    marker=$out/.done-$part log=$out/$part.txt part_start=$SECONDS part_failed=0
+    if [ -e "$marker" ] && [ $again = no ]; then
+        summary+=("done    $part before; --again runs it again")
+        continue
+    fi
+    rm -f "$marker"
+    echo "==== $part, $(date -u +%FT%TZ)" | tee -a "$log"
+    "$part"
+    if [ $part_failed -eq 0 ]; then touch "$marker"; else failed=1; fi
+done
 
 echo
-echo "== summary"
-cat "$out/environment.txt"
-printf '%s\n' "${summary[@]}" | tee "$out/summary.txt"
+echo "==== summary"
+printf '%s\n' "${summary[@]}"
 exit $failed

@@ -1,0 +1,1 @@
+"""Tile tables from measurements, or without a GPU from compiler reports."""
