@@ -4,215 +4,78 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import itertools
-import re
+import os
 import sys
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+import time
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NoReturn
 
 import torch
 
 from pera_kernels import backends
 from pera_kernels.terms import TERMS
-from tools.numerics import Case, make_inputs
 
-from . import contenders, results, timing
-from .contenders import FROZEN, Contender
-from .results import Row, make_row
-
-
-@dataclass(frozen=True)
-class Preset:
-    T: tuple[int, ...]
-    shapes: tuple[tuple[int, int], ...]
-    dtypes: tuple[str, ...]
-    rounds: int
-    ranks: tuple[int, ...] = (16,)
-    terms: tuple[str, ...] = ("full",)
-    dropout: tuple[float, ...] = (0.0,)
-
-
-PRESETS = {
-    ("quick", "cpu"): Preset((64,), ((256, 256),), ("float32",), 5),
-    ("default", "cpu"): Preset((1, 128, 1024), ((1024, 1024),), ("float32",), 20),
-    ("quick", "cuda"): Preset((512,), ((4096, 4096),), ("bfloat16",), 10),
-    ("default", "cuda"): Preset((1, 512, 4096, 16384), ((4096, 4096),), ("bfloat16",), 30),
-}
+from . import contenders, options, presets, results, suite, timing
+from .ceilings import Ceilings
+from .presets import Planned, Preset
 
 DESCRIPTION = "Judge every contender, time those that pass, print a table and keep the rows."
 EPILOG = """\
-Lists are separated by commas. The frozen layer is always timed: it is what the others are
-compared with. A contender that fails the numeric rule is not timed, and the exit status is 1.
+Lists are separated by commas; an axis that is given replaces the preset's. The frozen layer is
+always timed: it is what the others are compared with. A contender that fails the numeric rule is
+not timed, and the exit status is 1.
 """
 
 
-class OneLineParser(argparse.ArgumentParser):
-    """Says what is wrong in one line, without the usage."""
-
-    def error(self, message: str) -> NoReturn:
-        self.exit(2, f"{self.prog}: error: {message}\n")
-
-
-def _list_of(parse: Callable[[str], Any]) -> Callable[[str], tuple[Any, ...]]:
-    def parse_list(text: str) -> tuple[Any, ...]:
-        return tuple(dict.fromkeys(parse(word.strip()) for word in text.split(",")))
-
-    return parse_list
-
-
-def _whole(minimum: int) -> Callable[[str], int]:
-    def parse(text: str) -> int:
-        if not (re.fullmatch(r"[0-9]{1,9}", text) and int(text) >= minimum):
-            raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from {minimum}")
-        return int(text)
-
-    return parse
-
-
-def _shape(text: str) -> tuple[int, int]:
-    if not (found := re.fullmatch(r"([1-9][0-9]{0,8})x([1-9][0-9]{0,8})", text)):
-        raise argparse.ArgumentTypeError(f"{text!r} is not of the form 1024x4096 (in x out)")
-    return int(found[1]), int(found[2])
-
-
-def _probability(text: str) -> float:
-    with contextlib.suppress(ValueError):
-        if 0.0 <= float(text) < 1.0:
-            return float(text)
-    raise argparse.ArgumentTypeError(f"{text!r} is not a number in [0, 1)")
-
-
-def _one_of(names: Sequence[str]) -> Callable[[str], str]:
-    def parse(text: str) -> str:
-        if text not in names:
-            raise argparse.ArgumentTypeError(f"{text!r} is none of {', '.join(names)}")
-        return text
-
-    return parse
-
-
-def _device(text: str) -> torch.device:
-    if text == "auto":
-        text = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        device = torch.device(text)
-    except RuntimeError:
-        raise argparse.ArgumentTypeError(f"{text!r} is none of auto, cpu, cuda, cuda:N") from None
-    if device.type not in ("cpu", "cuda"):
-        raise argparse.ArgumentTypeError(f"{text!r} is none of auto, cpu, cuda, cuda:N")
-    if device.type == "cpu":
-        return torch.device("cpu")
-    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    if (device.index or 0) >= count:
-        raise argparse.ArgumentTypeError(f"no {text!r} here: PyTorch sees {count} CUDA devices")
-    return torch.device("cuda", device.index or 0)
-
-
 def _parser() -> argparse.ArgumentParser:
-    parser = OneLineParser(
+    parser = options.OneLineParser(
         prog="python -m benchmarks", description=DESCRIPTION, epilog=EPILOG, allow_abbrev=False
     )
     names = [contender.name for contender in contenders.CONTENDERS]
-    phases = _list_of(_one_of(timing.PHASES))
+    list_of, one_of, whole = options.list_of, options.one_of, options.whole
     add = parser.add_argument
-    add("--device", type=_device, default="auto", help="auto, cpu, cuda, cuda:N")
-    add("--preset", choices=("quick", "default"), default="default", help="what is not given below")
-    add("--T", type=_list_of(_whole(1)), help="tokens, such as 1,512")
-    add("--shapes", type=_list_of(_shape), help="in x out features, such as 1024x4096")
-    add("--ranks", type=_list_of(_whole(1)), help="ranks, such as 4,16")
-    add("--terms", type=_list_of(_one_of(TERMS)), help=", ".join(TERMS))
-    add("--dtypes", type=_list_of(_one_of(tuple(results.DTYPES))), help=", ".join(results.DTYPES))
-    add("--dropout", type=_list_of(_probability), help="probabilities, such as 0,0.05")
-    add("--phases", type=phases, default=timing.PHASES, help=", ".join(timing.PHASES))
-    add("--only", type=_list_of(_one_of(names)), metavar="NAME,...", help=", ".join(names))
-    add("--rounds", type=_whole(2), help="how often every contender has its turn")
+    add("--device", type=options.device, default="auto", help="auto, cpu, cuda, cuda:N")
+    add(
+        "--preset",
+        choices=tuple(presets.PRESETS),
+        help="what is not given below (quick on a CPU, gpu on a GPU)",
+    )
+    add("--quick", action="store_const", const="quick", dest="preset", help="--preset quick")
+    add("--T", type=list_of(whole(1)), help="tokens, such as 1,512")
+    add("--shapes", type=list_of(options.shape), help="in x out features, such as 1024x4096")
+    add("--ranks", type=list_of(whole(1)), help="ranks, such as 4,16")
+    add("--terms", type=list_of(one_of(TERMS)), help=", ".join(TERMS))
+    add("--dtypes", type=list_of(one_of(tuple(results.DTYPES))), help=", ".join(results.DTYPES))
+    add("--dropout", type=list_of(options.probability), help="probabilities, such as 0,0.05")
+    add("--phases", type=list_of(one_of(timing.PHASES)), help=", ".join(timing.PHASES))
+    add("--only", type=list_of(one_of(names)), metavar="NAME,...", help=", ".join(names))
+    add("--rounds", type=whole(2), help="how often every contender has its turn, at most")
+    add("--budget", type=whole(1), metavar="SECONDS", help="start no case that would end later")
+    add("--resume", action="store_true", help="skip what --out has of this commit and device")
     add("--out", type=Path, help="append rows here (benchmarks/results/<device>.jsonl)")
     return parser
 
 
-def _cases(options: argparse.Namespace) -> list[Case]:
-    axes = (options.dtypes, options.shapes, options.terms, options.ranks, options.dropout)
-    return [
-        Case(
-            terms=terms,
-            r=r,
-            T=T,
-            N=n,
-            M=m,
-            dtype=results.DTYPES[dtype][0],
-            adapter_dtype=results.DTYPES[dtype][1],
-            dropout_p=dropout,
-            scale=1.0,
-        )
-        for dtype, (n, m), terms, r, dropout, T in itertools.product(*axes, options.T)
-    ]
-
-
-def run_case(
-    case: Case,
-    chosen: list[Contender],
-    device: torch.device,
-    phases: tuple[str, ...],
-    rounds: int,
-    host: results.Host,
-) -> list[Row]:
-    """Rows of one case: one for each contender that failed the gate, then those that were timed."""
-    gate = contenders.Gate(device)
-    failures = {contender.name: gate.failure(contender, case) for contender in chosen}
-    del gate
-    rows = [
-        make_row(contender, case, host, "gate", status="failed", note=note)
-        for contender in chosen
-        if (note := failures[contender.name])
-    ]
-    sound = {contender.name: contender for contender in chosen if not failures[contender.name]}
-    sets = timing.input_sets(make_inputs(case, device), device)
-    layers = {name: [own.build(case, inputs) for inputs in sets] for name, own in sound.items()}
-    saved = {name: timing.saved_mib(own[0], sets[0]) for name, own in layers.items()}
-    for phase in phases:
-        peak = {n: timing.peak_mib(own[0], sets[0], phase, device) for n, own in layers.items()}
-        timings = timing.time_phase(
-            layers,
-            sets,
-            phase,
-            rounds=rounds,
-            device=device,
-            capturable=frozenset(name for name, own in sound.items() if own.capturable),
-        )
-        frozen = {found.graph: found for found in timings if found.name == FROZEN}
-        for found in sorted(timings, key=lambda found: list(sound).index(found.name)):
-            like = frozen.get(found.graph)
-            rows.append(
-                make_row(
-                    sound[found.name],
-                    case,
-                    host,
-                    phase,
-                    times=(found.median, *found.spread),
-                    ratio=None if like is None else found.ratio_to(like),
-                    peak=peak[found.name],
-                    saved=saved[found.name],
-                    graph=found.graph,
-                    rounds=rounds,
-                    note=found.note,
-                )
-            )
-    return rows
+def _preset(parser: argparse.ArgumentParser, given: argparse.Namespace) -> Preset:
+    kind = given.device.type
+    name = given.preset or presets.DEFAULT[kind]
+    preset = presets.PRESETS[name]
+    if kind not in preset.grids:
+        parser.error(f"--preset {name} is for {', '.join(preset.grids)}; the device is {kind}")
+    return preset
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
+    began = time.monotonic()
     parser = _parser()
-    options = parser.parse_args(arguments)
+    given = parser.parse_args(arguments)
     if backends.interpreting():
         parser.error("TRITON_INTERPRET is set: interpreted kernels are never timed; unset it")
-    device = options.device
-    preset = PRESETS[options.preset, device.type]
-    for name, value in vars(preset).items():
-        if getattr(options, name) is None:
-            setattr(options, name, value)
-    path = options.out or results.default_file(device)
+    device = given.device
+    preset = _preset(parser, given)
+    asked = {axis: vars(given)[axis] for axis in presets.AXES if vars(given)[axis] is not None}
+    planned = presets.plan(preset.grids[device.type], asked)
+    path = given.out or results.default_file(device)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.open("a").close()
@@ -221,23 +84,74 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     with contextlib.ExitStack() as stack:
         if device.type == "cuda":
+            # Tearing CUPTI down after a profile breaks the capture of CUDA graphs that follows.
+            os.environ.setdefault("TEARDOWN_CUPTI", "0")
             torch.cuda.set_device(device)
             # Graphs cannot be captured on the default stream: see timing._capture.
             stack.enter_context(torch.cuda.stream(torch.cuda.Stream(device)))
         host = results.host(device)
         print(f"{host.device}  torch {host.torch}  triton {host.triton}  commit {host.commit}")
-        failed = False
-        for case in _cases(options):
-            chosen, reasons = contenders.select(case, device, options.only)
-            rows = run_case(case, chosen, device, options.phases, options.rounds, host)
-            results.append(path, rows)
-            print(f"\n{results.table(rows)}")
-            for name, reason in reasons.items():
-                print(f"{name}: not timed: {reason}")
-            sys.stdout.flush()
-            failed = failed or any(row.status != "timed" for row in rows)
-        print(f"\nrows appended to {path}")
+        run = _Run(device, host, path, given, preset, began)
+        failed = run.all(planned)
+        print(f"\nrows appended to {path} after {time.monotonic() - began:.0f} s")
     return int(failed)
+
+
+class _Run:
+    """The cases of one call, one after the other."""
+
+    def __init__(
+        self,
+        device: torch.device,
+        host: results.Host,
+        path: Path,
+        given: argparse.Namespace,
+        preset: Preset,
+        began: float,
+    ) -> None:
+        self.device, self.host, self.path, self.only = device, host, path, given.only
+        self.rounds = given.rounds or preset.rounds
+        self.budget = given.budget or preset.budget
+        self.began = began
+        self.earlier = results.read(path) if given.resume else []
+        self.ceilings = Ceilings(device)
+
+    def all(self, planned: Sequence[Planned]) -> bool:
+        """Whether a contender failed the gate. Stops where the next case would pass the budget."""
+        failed, longest = False, 0.0
+        for number, case in enumerate(planned):
+            start = time.monotonic()
+            if self.budget and start - self.began + longest > self.budget:
+                _say_left_out(planned[number:], self.budget)
+                break
+            failed = self.one(case) or failed
+            longest = max(longest, time.monotonic() - start)
+        return failed
+
+    def one(self, planned: Planned) -> bool:
+        case = planned.case
+        chosen, reasons = contenders.select(case, self.device, self.only, planned.without)
+        if suite.is_done(case, chosen, planned.phases, self.host, self.earlier):
+            print(f"\n{results.title(case)}: done before, see {self.path}")
+            return False
+        rows = suite.run_case(
+            case, chosen, self.device, planned.phases, self.rounds, self.host, self.ceilings
+        )
+        results.append(self.path, rows)
+        print(f"\n{results.title(case)}\n{results.table(rows)}")
+        for name, reason in reasons.items():
+            print(f"{name}: not timed: {reason}")
+        for contender in chosen:
+            if "backward" in planned.phases and not contender.repeats_backward:
+                print(f"{contender.name}: no backward alone: it runs only once after a forward")
+        sys.stdout.flush()
+        return any(row.status != "timed" for row in rows)
+
+
+def _say_left_out(planned: Sequence[Planned], budget: int) -> None:
+    print(f"\nthe budget of {budget} s is used up; left out, {len(planned)}:")
+    for left in planned:
+        print(f"  {results.title(left.case)}")
 
 
 if __name__ == "__main__":

@@ -7,19 +7,33 @@ import json
 import platform
 import re
 import subprocess
-from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass, fields
 from datetime import datetime, timezone
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from pera_kernels.terms import expanded_rank
 from tools.numerics import Case
 
-from .contenders import Contender
+from .layers import Contender
 
-__all__ = ["DTYPES", "Host", "Row", "append", "default_file", "dtype_name", "host", "table"]
+__all__ = [
+    "DTYPES",
+    "Host",
+    "Row",
+    "append",
+    "case_key",
+    "default_file",
+    "dtype_name",
+    "host",
+    "make_row",
+    "read",
+    "table",
+    "title",
+]
 
 ROOT = Path(__file__).parent.parent
 
@@ -44,9 +58,11 @@ class Host:
     date: str
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Row:
-    """One contender in one phase of one case. What was not measured is None."""
+    """One contender in one phase of one case; the keys are explained in README.md. What was not
+    measured is None.
+    """
 
     contender: str
     plan: str
@@ -58,16 +74,24 @@ class Row:
     dtype: str
     dropout: float
     phase: str
-    median_ms: float | None
-    p20_ms: float | None
-    p80_ms: float | None
-    ratio_to_frozen: float | None
-    peak_mib: float | None
-    saved_mib: float | None
-    graph: bool
-    rounds: int
-    status: str
-    note: str
+    median_ms: float | None = None
+    p20_ms: float | None = None
+    p80_ms: float | None = None
+    ratio_to_frozen: float | None = None
+    peak_mib: float | None = None
+    saved_mib: float | None = None
+    tflops: float | None = None
+    gbps: float | None = None
+    roofline_share: float | None = None
+    launches: int | None = None
+    host_us: float | None = None
+    error_ratio: float | None = None
+    ceiling_tflops: float | None = None
+    ceiling_gbps: float | None = None
+    graph: bool = False
+    rounds: int = 0
+    status: str = "timed"
+    note: str = ""
     device: str
     torch: str
     triton: str | None
@@ -80,51 +104,38 @@ def dtype_name(case: Case) -> str:
     return next(name for name, dtypes in DTYPES.items() if dtypes == pair)
 
 
-def make_row(
-    contender: Contender,
-    case: Case,
-    host: Host,
-    phase: str,
-    *,
-    times: tuple[float, float, float] | None = None,
-    ratio: float | None = None,
-    peak: float | None = None,
-    saved: float | None = None,
-    graph: bool = False,
-    rounds: int = 0,
-    status: str = "timed",
-    note: str = "",
-) -> Row:
-    """``times`` are the median and the 20th and 80th percentile."""
-    median, low, high = times or (None, None, None)
+def case_key(case: Case) -> dict[str, Any]:
+    """What a row says about its case."""
+    return {
+        "terms": case.terms,
+        "r": case.r,
+        "T": case.T,
+        "n": case.N,
+        "m": case.M,
+        "dtype": dtype_name(case),
+        "dropout": case.dropout_p,
+    }
+
+
+def make_row(contender: Contender, case: Case, host: Host, phase: str, **measured: Any) -> Row:
+    """``measured`` are other fields of a row; floats keep five significant digits."""
+    rounded: dict[str, Any] = {
+        name: _rounded(value) if isinstance(value, float) else value
+        for name, value in measured.items()
+    }
     return Row(
         contender=contender.name,
         plan=contender.plan,
-        terms=case.terms,
-        r=case.r,
-        T=case.T,
-        n=case.N,
-        m=case.M,
-        dtype=dtype_name(case),
-        dropout=case.dropout_p,
         phase=phase,
-        median_ms=_rounded(median),
-        p20_ms=_rounded(low),
-        p80_ms=_rounded(high),
-        ratio_to_frozen=_rounded(ratio),
-        peak_mib=_rounded(peak),
-        saved_mib=_rounded(saved),
-        graph=graph,
-        rounds=rounds,
-        status=status,
-        note=note,
+        **case_key(case),
+        **rounded,
         **asdict(host),
     )
 
 
-def _rounded(value: float | None) -> float | None:
+def _rounded(value: float) -> float:
     """Five significant digits: more would be noise."""
-    return None if value is None else float(f"{value:.5g}")
+    return float(f"{value:.5g}")
 
 
 def _cpu_name() -> str:
@@ -169,8 +180,8 @@ def host(device: torch.device) -> Host:
 
 
 def default_file(device: torch.device) -> Path:
-    """One file per kind of device, beside this package."""
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
+    """One file per kind of device, beside this package: cpu.jsonl or gpu-<name>.jsonl."""
+    name = f"gpu {torch.cuda.get_device_name(device)}" if device.type == "cuda" else "cpu"
     slug = re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
     return Path(__file__).parent / "results" / f"{slug}.jsonl"
 
@@ -181,11 +192,18 @@ def append(path: Path, rows: Iterable[Row]) -> None:
             lines.write(json.dumps(asdict(row), ensure_ascii=False) + "\n")
 
 
-def _title(row: Row) -> str:
-    K = expanded_rank(row.r, row.terms)  # type: ignore[arg-type]
+def read(path: Path) -> list[dict[str, Any]]:
+    """Rows as they were appended; a key that an older version did not write is None."""
+    missing = dict.fromkeys(field.name for field in fields(Row))
+    lines = path.read_text(encoding="utf-8").splitlines()
+    return [{**missing, **json.loads(line)} for line in lines if line]
+
+
+def title(case: Case) -> str:
+    K = expanded_rank(case.r, case.terms)
     return (
-        f"T={row.T}  n={row.n} m={row.m}  {row.dtype}  {row.terms} r={row.r} (K={K})  "
-        f"dropout {row.dropout:g}"
+        f"T={case.T}  n={case.N} m={case.M}  {dtype_name(case)}  {case.terms} r={case.r} (K={K})  "
+        f"dropout {case.dropout_p:g}"
     )
 
 
@@ -193,31 +211,27 @@ def _number(value: float | None, digits: int) -> str:
     return "-" if value is None else f"{value:.{digits}f}"
 
 
+# Heading, width and content of the numbers of the printed table.
+COLUMNS: tuple[tuple[str, int, Callable[[Row], str]], ...] = (
+    ("median ms", 11, lambda row: _number(row.median_ms, 4)),
+    ("p20", 10, lambda row: _number(row.p20_ms, 4)),
+    ("p80", 10, lambda row: _number(row.p80_ms, 4)),
+    ("x frozen", 9, lambda row: _number(row.ratio_to_frozen, 2)),
+    ("peak MiB", 9, lambda row: _number(row.peak_mib, 2)),
+    ("saved", 8, lambda row: _number(row.saved_mib, 2)),
+    ("roof %", 7, lambda row: _number(row.roofline_share and 100 * row.roofline_share, 0)),
+    ("launches", 9, lambda row: _number(row.launches, 0)),
+    ("host us", 8, lambda row: _number(row.host_us, 0)),
+)
+
+
 def table(rows: list[Row]) -> str:
-    """The rows of one case, aligned, in at most 110 columns; what went wrong stands below."""
-    head = ("contender", "plan", "phase", "median ms", "p20", "p80", "x frozen", "peak MiB")
-    lines = [(*head, "saved MiB", "")]
+    """The rows of one case, aligned, in at most 120 columns; what went wrong stands below."""
+    headings = "".join(f"{heading:>{width}}" for heading, width, _ in COLUMNS)
+    text = [f"{'contender':<19}{'plan':<9}{'phase':<8}{headings}"]
     for row in rows:
-        lines.append(
-            (
-                row.contender,
-                row.plan,
-                row.phase,
-                _number(row.median_ms, 4),
-                _number(row.p20_ms, 4),
-                _number(row.p80_ms, 4),
-                _number(row.ratio_to_frozen, 2),
-                _number(row.peak_mib, 2),
-                _number(row.saved_mib, 2),
-                "graph" if row.graph else "" if row.status == "timed" else row.status,
-            )
-        )
-    text = [_title(rows[0])]
-    for name, plan, phase, *numbers, mark in lines:
-        text.append(
-            f"{name:<17}{plan:<10}{phase:<9}"
-            + "".join(f"{number:>11}" for number in numbers)
-            + f"  {mark}".rstrip()
-        )
+        mark = "graph" if row.graph else "" if row.status == "timed" else row.status
+        numbers = "".join(f"{show(row):>{width}}" for _, width, show in COLUMNS)
+        text.append(f"{row.contender:<19}{row.plan:<9}{row.phase:<8}{numbers}  {mark}".rstrip())
     notes = dict.fromkeys(f"{row.contender}: {row.note}" for row in rows if row.note)
     return "\n".join([*text, *notes])

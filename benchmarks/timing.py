@@ -15,11 +15,12 @@ import torch
 
 from tools.numerics import Inputs
 
-from .contenders import FROZEN, Layer
+from .layers import FROZEN, Layer
+from .memory import memory, peak_bytes
 
 __all__ = ["PHASES", "Timing", "input_sets", "peak_mib", "phase_call", "saved_mib", "time_phase"]
 
-PHASES = ("forward", "backward", "both")
+PHASES = ("forward", "backward", "both", "eval")
 
 # A sample is this long, of as many calls as that takes.
 SAMPLE_MS = 2.0
@@ -30,6 +31,12 @@ GRAPH_BELOW_MS = 0.2
 CACHE_MULTIPLE = 3
 MAX_SETS = 64
 CPU_CACHE_BYTES = 32 * 2**20
+# A call that takes this long fills the cache with its own in a small part of it.
+SWEEP_BELOW_MS = 50.0
+# Where calls are slow there are fewer rounds: a phase stops after this time, but not before it has
+# enough rounds for a median.
+PHASE_SECONDS = 20.0
+MIN_ROUNDS = 7
 
 
 @dataclass
@@ -80,52 +87,47 @@ def input_sets(inputs: Inputs, device: torch.device) -> list[Inputs]:
 
 
 def phase_call(layer: Layer, inputs: Inputs, phase: str) -> Callable[[], object]:
-    """A call of one phase, as in training; a backward runs again and again over one forward."""
+    """A call of one phase; a backward runs again and again over one forward.
+
+    The layer is left in evaluation mode for "eval", which computes y alone with parameters that
+    stay as they are, and in training mode for the others.
+    """
     module, x, dy = layer.module, inputs.x, inputs.dy
+    module.train(phase != "eval")
     leaves = [x, *layer.trains.values()]
     if phase == "forward":
         return lambda: module(x)
+    if phase == "eval":
+        return torch.no_grad()(lambda: module(x))
     if phase == "both":
         return lambda: torch.autograd.grad(module(x), leaves, dy)
     y = module(x)
     return lambda: torch.autograd.grad(y, leaves, dy, retain_graph=True)
 
 
-def saved_mib(layer: Layer, inputs: Inputs) -> float:
-    """What the forward keeps for the backward besides inputs and parameters, in storages."""
-    given = [*layer.module.parameters(), *layer.module.buffers(), inputs.x, inputs.dy]
-    known = {tensor.untyped_storage().data_ptr() for tensor in given}
-    kept: dict[int, int] = {}
-
-    def pack(tensor: torch.Tensor) -> torch.Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in known:
-            kept[storage.data_ptr()] = storage.nbytes()
-        return tensor
-
-    # y lives until all is counted: no storage's address is given out twice.
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        y = layer.module(inputs.x)
+def saved_mib(layer: Layer, inputs: Inputs, device: torch.device) -> float:
+    """What the forward keeps for the backward besides inputs, parameters and y."""
+    forward = phase_call(layer, inputs, "forward")
+    # What is made once and kept, such as an index table, is made in the first call.
+    y = forward()
+    assert isinstance(y, torch.Tensor)
+    size = y.nbytes
     del y
-    return sum(kept.values()) / 2**20
+    # CUDA's allocator rounds sizes up: y may count for a little more than it is.
+    return max(0, memory(forward, device).held - size) / 2**20
 
 
-def peak_mib(layer: Layer, inputs: Inputs, phase: str, device: torch.device) -> float | None:
-    """The most memory one call holds above inputs and parameters; None where nothing counts it.
+def peak_mib(layer: Layer, inputs: Inputs, phase: str, device: torch.device) -> float:
+    """The most memory one call holds above inputs and parameters.
 
     In the backward that includes the output and what the forward kept.
     """
-    if device.type != "cuda":
-        return None
     # Libraries allocate their workspaces in the first call.
     phase_call(layer, inputs, phase)()
-    torch.cuda.synchronize(device)
-    before = torch.cuda.memory_allocated(device)
-    call = phase_call(layer, inputs, phase)
-    torch.cuda.reset_peak_memory_stats(device)
-    call()
-    torch.cuda.synchronize(device)
-    return (torch.cuda.max_memory_allocated(device) - before) / 2**20
+    held = 0
+    if phase == "backward":
+        held = memory(phase_call(layer, inputs, "forward"), device).held
+    return (held + peak_bytes(phase_call(layer, inputs, phase), device)) / 2**20
 
 
 def _synchronize(device: torch.device) -> None:
@@ -145,10 +147,13 @@ def _warm_up(calls: list[Callable[[], object]], device: torch.device) -> float:
     return (time.perf_counter() - start) * 1e3 / 3
 
 
-def _cpu_sampler(calls: Iterator[Callable[[], object]], repeats: int) -> Callable[[], float]:
+def _cpu_sampler(
+    calls: Iterator[Callable[[], object]], repeats: int, sweep: bool
+) -> Callable[[], float]:
     def sample() -> float:
         # One call that is not timed sweeps out what the contender before left behind.
-        next(calls)()
+        if sweep:
+            next(calls)()
         start = time.perf_counter()
         for _ in range(repeats):
             next(calls)()
@@ -195,7 +200,8 @@ def time_phase(
     device: torch.device,
     capturable: frozenset[str] = frozenset(),
 ) -> list[Timing]:
-    """Time every contender of ``layers`` (one layer per input set), the frozen one among them.
+    """Time every contender of ``layers`` (one layer per input set), the frozen one among them, for
+    ``rounds`` rounds or as many as fit in ``PHASE_SECONDS``.
 
     On CUDA, where the frozen layer is short, those ``capturable`` are replayed as CUDA graphs; if
     some are not, the frozen layer is timed both ways, so that each is compared with its like.
@@ -231,15 +237,18 @@ def time_phase(
         rotation = (own[next(turn) % len(own)] for own in itertools.repeat(calls[name]))
         repeats = max(1, min(MAX_CALLS, math.ceil(SAMPLE_MS / cost[name])))
         if device.type == "cpu":
-            sample = _cpu_sampler(rotation, repeats)
+            sample = _cpu_sampler(rotation, repeats, cost[name] < SWEEP_BELOW_MS)
         else:
             sample = _cuda_sampler(lambda rotation=rotation: next(rotation)(), repeats, 1)  # type: ignore[misc]
         turns.append((Timing(name, False, note), sample))
 
     shuffled, order = turns.copy(), random.Random(0)
     gc.disable()
+    began = time.perf_counter()
     try:
-        for _ in range(rounds):
+        for number in range(rounds):
+            if number >= MIN_ROUNDS and time.perf_counter() - began > PHASE_SECONDS:
+                break
             # Nobody always follows the same one, whose traces differ from another's.
             order.shuffle(shuffled)
             for timing, sample in shuffled:

@@ -29,6 +29,14 @@ def backend(request, device) -> str:
 
 
 @pytest.fixture
+def triton_backend(device) -> str:
+    """The Triton backend; skips with its reason where it cannot run."""
+    if (reason := unavailable("triton", device)) is not None:
+        pytest.skip(f"backend triton: {reason}")
+    return "triton"
+
+
+@pytest.fixture
 def poison():
     """Every freshly allocated tensor is filled with NaN (integers with their maximum)."""
     torch.use_deterministic_algorithms(True, warn_only=True)

@@ -4,12 +4,15 @@ import re
 
 import pytest
 
+from benchmarks import report
 from tools import readme
 
 
 def test_generated_parts_are_current():
     text = readme.README.read_text()
     assert readme.render(text) == text
+    for path, current in report.documents().items():
+        assert path.read_text() == current, path.name
 
 
 def test_first_example_runs():

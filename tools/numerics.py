@@ -109,13 +109,13 @@ def _over(error: float, allowed: float) -> float:
 
 def make_inputs(case: Case, device: torch.device | str = "cpu") -> Inputs:
     """Random inputs whose linear and quadratic parts have comparable size, rounded to the case's
-    dtypes.
+    dtypes. They are drawn on ``device``: at a benchmark's sizes a CPU would take seconds.
     """
-    generator = torch.Generator().manual_seed(case.seed)
+    generator = torch.Generator(device).manual_seed(case.seed)
 
     def normal(*shape: int, std: float, dtype: torch.dtype) -> torch.Tensor:
-        values = torch.randn(*shape, generator=generator, dtype=torch.float64) * std
-        return values.to(dtype).to(device)
+        values = torch.randn(*shape, generator=generator, dtype=torch.float64, device=device)
+        return values.mul_(std).to(dtype)
 
     dtype, factor = case.dtype, case.factor_dtype
     count = coefficient_count(case.r, case.terms)
@@ -192,8 +192,9 @@ def judge(
         notes.append(f"dtype {got.dtype} instead of {reference.dtype}")
     if notes or truth.numel() == 0:
         return Verdict(name, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, notes=tuple(notes))
-    truth = truth.double().cpu()
-    error, reference_error = (t.double().cpu().sub(truth).abs() for t in (got, reference))
+    # On the device of what is judged: copying a benchmark's outputs takes longer than making them.
+    truth = truth.to(got.device, torch.float64)
+    error, reference_error = (t.to(truth).sub(truth).abs() for t in (got, reference))
     worst = int(torch.nan_to_num(error, nan=math.inf, posinf=math.inf).argmax())
     index = tuple(int(i) for i in torch.unravel_index(torch.tensor(worst), truth.shape))
     ulp = torch.finfo(dtype).eps
