@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Sequence
 from numbers import Real
@@ -9,7 +10,7 @@ from numbers import Real
 import torch
 from torch.utils.weak import WeakIdKeyDictionary
 
-from . import reference
+from . import plans, reference
 from .autograd import DeltaWeight, PeraGroupFunction, PeraLinearFunction, Settings
 from .backends import check_backend, check_plan, resolve
 from .dropout import draw_seed
@@ -183,6 +184,14 @@ def frozen_at_zero(h: torch.Tensor) -> bool:
     return seen[1]
 
 
+def _without_autocast(device_type: str) -> contextlib.AbstractContextManager[object]:
+    """Inside, operations keep the dtypes they are given."""
+    # Entering torch.autocast costs several microseconds: not where there is nothing to turn off.
+    if torch.is_autocast_enabled(device_type):
+        return torch.autocast(device_type, enabled=False)
+    return contextlib.nullcontext()
+
+
 def pera_linear(
     x: torch.Tensor,
     weight: torch.Tensor,
@@ -213,9 +222,10 @@ def pera_linear(
         dropout_p: dropout on ``x`` in the adapter's branch only, in [0, 1). Its mask is a function
             of a seed drawn from the default generator; it is never stored.
         backend: ``"auto"``, ``"triton"``, ``"torch"`` or ``"reference"``.
-        plan: ``"factored"`` (also ``"auto"``) adds the update to the base output; ``"composed"``
-            builds W0 + ΔW first, which rounds it to the weight's dtype: in half precision it loses
-            entries of ΔW below half an ulp of W0. It takes no dropout.
+        plan: ``"factored"`` adds the update to the base output; ``"composed"`` builds W0 + ΔW
+            first, which rounds it to the weight's dtype: in half precision it loses entries of ΔW
+            below half an ulp of W0. It takes no dropout. ``"auto"`` composes in float32 and float64
+            on a CPU where there are so many tokens that it is faster (``pera_kernels/plans.py``).
 
     Returns:
         ``(..., M)`` in the dtype of ``x`` (of autocast, where that is on). Differentiable once in
@@ -266,8 +276,10 @@ def linear_or_update(
     name = resolve(backend, x.device, dtypes)
     if h is not None and frozen_at_zero(h):
         h, terms = None, "linear"
+    if plan == "auto" and name == "torch" and weight is not None and dropout_p == 0.0:
+        composed = _composes(x, weight, A, B, h)
     seed = draw_seed(x.device) if dropout_p > 0.0 else None
-    with torch.autocast(x.device.type, enabled=False):
+    with _without_autocast(x.device.type):
         if name != "reference":
             settings = Settings(float(scale), terms, name, float(dropout_p), composed)
             return PeraLinearFunction.apply(x, weight, bias, base_out, A, B, h, seed, settings)
@@ -287,6 +299,22 @@ def linear_or_update(
             bias = None if bias is None else bias.to(x.dtype)
             base_out = torch.nn.functional.linear(x, weight.to(x.dtype), bias)
         return base_out + update
+
+
+def _composes(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    A: torch.Tensor,
+    B: torch.Tensor,
+    h: torch.Tensor | None,
+) -> bool:
+    """What ``plan="auto"`` means. Compiled graphs stay factored: T is symbolic there."""
+    if torch.compiler.is_compiling() or not x.dtype == weight.dtype == A.dtype:
+        return False
+    lanes = A.shape[0] + (0 if h is None else h.shape[0])
+    trains = torch.is_grad_enabled() and any(p is not None and p.requires_grad for p in (A, B, h))
+    (M, N), T = weight.shape, x.shape[:-1].numel()
+    return plans.composes(T, N, M, lanes, x.dtype, x.device, trains)
 
 
 def linear_group(
@@ -316,7 +344,7 @@ def linear_group(
         layers, terms = [(*layer[:4], None) for layer in layers], "linear"
     seed = draw_seed(x.device) if dropout_p > 0.0 else None
     settings = Settings(float(scale), terms, name, float(dropout_p))
-    with torch.autocast(x.device.type, enabled=False):
+    with _without_autocast(x.device.type):
         return PeraGroupFunction.apply(x, seed, settings, *(t for layer in layers for t in layer))
 
 
@@ -339,7 +367,7 @@ def delta_weight(
     check_backend(backend)
     dtypes = (A.dtype,) if h is None else (A.dtype, h.dtype)
     name = resolve(backend, A.device, dtypes)
-    with torch.autocast(A.device.type, enabled=False):
+    with _without_autocast(A.device.type):
         if name == "reference":
             return reference.delta_weight(A, B, h, scale=scale, terms=terms)
         return DeltaWeight.apply(A, B, h, Settings(float(scale), terms, name))

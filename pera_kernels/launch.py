@@ -7,12 +7,12 @@ the gradients of a factor, ``compose`` W0 + ΔW. Importing this file imports Tri
 from __future__ import annotations
 
 import contextlib
+import functools
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
-import triton
 
 from . import configs, plans
 from .dropout import drop_threshold
@@ -171,6 +171,11 @@ def addressable(factor: torch.Tensor) -> torch.Tensor:
     return factor if reach < 2**31 else factor.contiguous()
 
 
+def _blocks(size: int, block: int) -> int:
+    """How many blocks cover ``size``; triton.cdiv takes ten times as long on the host."""
+    return -(-size // block)
+
+
 def _sum_arguments(suffix: str, job: Sum | None) -> dict[str, object]:
     return {
         f"partial{suffix}_ptr": None if job is None else job.partial,
@@ -182,6 +187,7 @@ def _sum_arguments(suffix: str, job: Sum | None) -> dict[str, object]:
     }
 
 
+@functools.cache
 def _no_expansion(number: int) -> dict[str, object]:
     pointers = dict.fromkeys((f"{name}_{number}_ptr" for name in ("f", "h", "phi")), None)
     sizes = (f"N_{number}", f"lanes_{number}", f"stride_f_{number}_r", f"stride_f_{number}_n")
@@ -201,7 +207,7 @@ def sum_partials(jobs: Sequence[Sum]) -> None:
     for number, job in itertools.zip_longest(range(3), jobs):
         arguments |= _sum_arguments(f"_{number}", job)
     most = max(job.numel for job in jobs)
-    sum_partials_kernel[(triton.cdiv(most, SUM_BLOCKS["BLOCK_S"]), len(jobs))](
+    sum_partials_kernel[(_blocks(most, SUM_BLOCKS["BLOCK_S"]), len(jobs))](
         **arguments, JOBS=len(jobs), **SUM_BLOCKS
     )
 
@@ -222,7 +228,7 @@ def expand(
         N = rows.shape[1]
         phi = rows.new_empty((factor.lanes, N), dtype=dtype)
         phis.append(phi)
-        blocks.append(triton.cdiv(factor.lanes, tile.block_k) * triton.cdiv(N, tile.block_n))
+        blocks.append(_blocks(factor.lanes, tile.block_k) * _blocks(N, tile.block_n))
         arguments |= {
             f"f_{number}_ptr": rows,
             f"h_{number}_ptr": factor.h,
@@ -235,7 +241,7 @@ def expand(
             f"HAS_H_{number}": factor.h is not None,
         }
     if pending is not None:
-        blocks.append(triton.cdiv(pending.numel, SUM_BLOCKS["BLOCK_S"]))
+        blocks.append(_blocks(pending.numel, SUM_BLOCKS["BLOCK_S"]))
     expand_kernel[(max(blocks), len(blocks))](
         **arguments,
         **_sum_arguments("", pending),
@@ -271,9 +277,9 @@ def project(
     tile = configs.tile_for(kernel, x.device, x.dtype, rows.dtype)
     block_t, block_k = configs.shrink(tile.block_t, T), configs.shrink(tile.block_k, lanes)
     # One block of tokens is read again from the cache at once: more programs win then.
-    blocks_t = triton.cdiv(T, block_t)
+    blocks_t = _blocks(T, block_t)
     pieces = configs.pieces(lanes, block_k, tile.pieces if blocks_t > 1 else 1)
-    tiles = blocks_t * triton.cdiv(lanes, pieces * block_k)
+    tiles = blocks_t * _blocks(lanes, pieces * block_k)
     wanted = configs.processor_count(x.device) // tiles
     splits, n_per_split = configs.split(N, wanted, 2 * tile.block_n)
     partial = None if splits == 1 else x.new_empty((splits, T, lanes), dtype=torch.float32)
@@ -321,9 +327,9 @@ def accumulate(
     T = u.shape[0]
     tile = configs.tile_for("accumulate", u.device, u.dtype, u.dtype)
     block_t, block_k = configs.shrink(tile.block_t, T), configs.shrink(tile.block_k, lanes)
-    blocks_t = triton.cdiv(T, block_t)
+    blocks_t = _blocks(T, block_t)
     block_m = configs.narrow(tile.block_n, M, configs.processor_count(u.device) // blocks_t)
-    accumulate_kernel[(blocks_t * triton.cdiv(M, block_m),)](
+    accumulate_kernel[(blocks_t * _blocks(M, block_m),)](
         base_ptr=base,
         u_ptr=u,
         phi_ptr=phi.rows,
@@ -422,13 +428,13 @@ def contract(
     coefficients = factor.members * coefficient_count(factor.r, factor.terms)
     tile = configs.tile_for("contract", x.device, x.dtype, rows.dtype)
     block_t, block_k = configs.shrink(tile.block_t, T), configs.shrink(tile.block_k, lanes)
-    blocks_n = triton.cdiv(N, tile.block_n)
+    blocks_n = _blocks(N, tile.block_n)
     processors = configs.processor_count(x.device)
     splits_t, t_per_split = configs.split(T, 2 * processors // blocks_n, 4 * block_t)
     # Fewer lanes to a program where there would be too few programs: x is small then.
     crowd = max(1, processors // (blocks_n * splits_t))
     pieces = configs.pieces(lanes, block_k, max(1, tile.pieces // crowd))
-    parts = splits_t * triton.cdiv(lanes, pieces * block_k)
+    parts = splits_t * _blocks(lanes, pieces * block_k)
     df_out, dh_out, sums = df, dh, []
     if df is not None and parts > 1:
         df_out = df.new_empty((parts, df.numel()), dtype=torch.float32)
@@ -482,7 +488,7 @@ def compose(
     (lanes, N), M = phi_a.rows.shape, phi_b.rows.shape[1]
     w = phi_a.rows.new_empty(M, N)
     tile = configs.tile_for("compose", w.device, dtype, dtype)
-    compose_kernel[(triton.cdiv(M, tile.block_t) * triton.cdiv(N, tile.block_n),)](
+    compose_kernel[(_blocks(M, tile.block_t) * _blocks(N, tile.block_n),)](
         base_ptr=base,
         phi_b_ptr=phi_b.rows,
         phi_a_ptr=phi_a.rows,

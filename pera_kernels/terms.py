@@ -59,6 +59,7 @@ def expanded_rank(r: int, terms: Terms = "full") -> int:
     return r + coefficient_count(r, terms)
 
 
+@lru_cache(maxsize=256)
 def lane_count(r: int, terms: Terms = "full") -> int:
     """Lanes that a kernel gives an adapter: :func:`padded` ``K``."""
     return padded(expanded_rank(r, terms))
