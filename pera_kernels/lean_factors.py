@@ -163,7 +163,9 @@ def _contract_by_offset(dphi: torch.Tensor, rows: torch.Tensor, terms: Terms) ->
     # Lane l of offset d adds to the rows l and l + d, which wraps around.
     df = torch.zeros_like(rows)
     df[:R] = dphi[:R]
-    for d in range(first, extra + 1):
+    if first == 0:
+        df[:R].addcmul_(dphi[R : 2 * R], rows[:R], value=2.0)
+    for d in range(1, extra + 1):
         block = dphi[R + (d - first) * R :][:R]
         n = block.shape[0]
         df[:n].addcmul_(block, rows[d : d + n])
