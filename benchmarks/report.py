@@ -12,7 +12,7 @@ from pathlib import Path
 
 from tools.marked import render
 
-from . import cells, options, plots, tables, targets
+from . import ablation, cells, options, plots, tables, targets
 from .cells import Cells
 
 __all__ = ["PARTS", "PARTS_HERE", "documents", "write_plots"]
@@ -89,6 +89,7 @@ PARTS: dict[str, Callable[[], str]] = {
 }
 # Those of benchmarks/README.md.
 PARTS_HERE: dict[str, Callable[[], str]] = {
+    "ablation": lambda: ablation.table(cells.RESULTS / "ablation-cpu.jsonl"),
     "model": model_against_measurement,
     "plots": shown_plots,
 }

@@ -11,7 +11,7 @@ from .layers import FROZEN
 
 __all__ = ["NOT_MEASURED", "compact", "markdown", "model"]
 
-NOT_MEASURED = "GPU: **not measured** (`tools/gpu_check.sh OUT` gives the numbers in one call)."
+NOT_MEASURED = "GPU: **not measured** (`tools/gpu_check.sh all OUT` gives the numbers in one call)."
 # The rank, terms and dropout of the tables in the README.
 SHOWN = {"r": 16, "terms": "full", "dropout": 0.0}
 # Of a kernel that does nothing, on the GPUs of today; part of the model, not measured here.

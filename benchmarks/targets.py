@@ -214,6 +214,7 @@ def gpu(cells: Cells, decoder: Cells) -> str:
     whole = _Side(decoder, OURS["gpu"]).quotients(LORA, ["step"], anywhere, "peak_mib")
     outcomes.append(_worst("peak memory over PEFT's LoRA, layer: ≤ 1", 1.0, layer))
     outcomes.append(_worst("peak memory over PEFT's LoRA, decoder layer: ≤ 1", 1.0, whole))
+    outcomes.append(_kernels(cells))
     return _lines(outcomes)
 
 
@@ -231,3 +232,14 @@ def _merged(cells: Cells) -> Outcome:
             found.append((away / max(spread, 0.01), f"{merged['ratio_to_frozen']:.3f}, {case}"))
     target = "merged, distance of the ratio from 1 in spreads of the frozen layer (or 1 %): ≤ 1"
     return _worst(target, 1.0, found)
+
+
+def _kernels(cells: Cells) -> Outcome:
+    """The slowest of the kernels that ``benchmarks.kernels`` found memory-bound."""
+    found = [
+        (row["gbps"] / row["ceiling_gbps"], f"{row['contender']}, T={row['T']}, r={row['r']}")
+        for row in cells.rows()
+        if row["phase"] == "kernel" and (row["note"] or "").startswith("memory-bound")
+    ]
+    target = "each memory-bound kernel over the copy bandwidth: ≥ 0.80"
+    return _worst(target, 0.8, found, highest=False)

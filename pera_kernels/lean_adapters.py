@@ -7,7 +7,7 @@ reference do.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import NamedTuple
 
@@ -20,6 +20,8 @@ from .lean_factors import coefficient_gradient, coefficients, contract, expand, 
 from .terms import Terms
 
 __all__ = ["Adapters", "add_gradients", "add_update"]
+
+Expand = Callable[[], torch.Tensor]
 
 # Up to so many tokens, and no more than R, the pairs' gradients come from Gram matrices.
 FEW_TOKENS = 16
@@ -67,6 +69,24 @@ class Adapters(NamedTuple):
         if h is None:
             return make()
         return lookup(A, B, h, self.scale, self.terms, dtype, make) or make()
+
+    def bare_expansions(
+        self, g: int, dtype: torch.dtype
+    ) -> tuple[Expand, Expand, torch.Tensor | None]:
+        """φ(A) and φ(B) of member g without coefficients, made when they are asked for unless they
+        are kept; and the coefficients times s, without it for float16.
+        """
+        A, B, h = self.As[g], self.Bs[g], self.hs[g]
+        half = dtype == torch.float16
+        if h is not None and not half:
+            kept = lookup(A, B, h, self.scale, self.terms, dtype, None)
+            if kept is not None:
+                return lambda: kept.phi_A, lambda: kept.phi_B, kept.c
+        return (
+            partial(expand, A, self.terms, dtype),
+            partial(expand, B.t(), self.terms, dtype),
+            coefficients(h, self.R, 1.0 if half else self.scale, self.terms),
+        )
 
     def weights(self, scale: float) -> list[torch.Tensor | None]:
         """s (1, h) ``(K,)`` of each, in circular order."""
@@ -163,37 +183,39 @@ def add_gradients(
         return _add_gradients_few(dys, x, u, dx, adapters, need_x, needs)
     gradients: list[torch.Tensor | None] = [None] * (3 * G)
     us = [None] * G if u is None else u.tensor_split(G, 1)
-    cs = adapters.weights(1.0 if in_phi else scale)
-    # φ(A)ᵀ and the contraction take the coefficients of float16.
-    phi_cs = cs if in_phi else [None] * G
+    # The coefficients that φ(A)ᵀ and the contraction take: those of float16.
+    phi_cs: list[torch.Tensor | None] = [None] * G
     vs = []
     for g, (dy, u, A, B, h) in enumerate(
         zip(dys, us, adapters.As, adapters.Bs, adapters.hs, strict=True)
     ):
         _, need_B, need_h = needs[3 * g : 3 * g + 3]
+        phi_A, phi_B, c = adapters.bare_expansions(g, dtype)
+        if in_phi:
+            phi_cs[g] = c
         if u is None and (need_B or need_h):
             assert x is not None
-            u = _project(x, expand(A, terms, dtype)).mul_(keep_scale)
+            u = _project(x, phi_A()).mul_(keep_scale)
         if need_B:
             assert u is not None
-            dphi = _weighted(u, cs[g], scale).t() @ dy
+            dphi = _weighted(u, c, scale).t() @ dy
             dphi = dphi.mul_(scale) if in_phi else dphi
             gradients[3 * g + 1] = contract(dphi, B.t(), terms, phi_cs[g]).t().contiguous()
         if need_x or need_A or need_h:
-            v = _project(dy, expand(B.t(), terms, dtype))
+            v = _project(dy, phi_B())
         if need_h:
             assert u is not None and h is not None
             gradients[3 * g + 2] = coefficient_gradient(u, v, h, R, scale, terms)
         if need_x or need_A:
-            vs.append(_weighted(v, cs[g], scale))
+            vs.append(_weighted(v, c, scale))
             if adapters.dropout_p > 0.0:
                 vs[-1] = vs[-1] * keep_scale
         if need_x:
-            phi_A = expand(A, terms, dtype, phi_cs[g])
+            weighted_phi_A = expand(A, terms, dtype, phi_cs[g]) if in_phi else phi_A()
             if dx is not None and adapters.dropout_p == 0.0:
-                _add_product(dx, vs[-1], phi_A, scale)
+                _add_product(dx, vs[-1], weighted_phi_A, scale)
             else:
-                part = vs[-1] @ phi_A
+                part = vs[-1] @ weighted_phi_A
                 part = adapters.dropped(part.mul_(scale) if in_phi else part)
                 dx = part if dx is None else dx.add_(part)
     if need_A:

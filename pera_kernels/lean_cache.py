@@ -80,9 +80,12 @@ def lookup(
     scale: float,
     terms: Terms,
     dtype: torch.dtype,
-    make: Callable[[], Expansions],
+    make: Callable[[], Expansions] | None,
 ) -> Expansions | None:
-    """The kept expansions of these parameters, by ``make`` once they are worth keeping; or None."""
+    """The kept expansions of these parameters, by ``make`` once they are worth keeping; or None.
+
+    Without ``make`` the call does not count, and nothing is kept that was not before.
+    """
     if torch.compiler.is_compiling():
         return None
     parameters = (A, B, h)
@@ -93,20 +96,22 @@ def lookup(
     key = (scale, terms, dtype, A._version, B._version, h._version)
     with _lock:
         entry = _entries.get(A)
-    if (
-        entry is None
-        or entry.key != key
-        or any(other() is not p for other, p in zip(entry.others, (B, h), strict=True))
-    ):
-        entry = _Entry(key, (weakref.ref(B), weakref.ref(h)), 1)
-    elif entry.made is None:
-        entry = entry._replace(calls=entry.calls + 1)
-        if entry.calls > CALLS_BEFORE:
-            entry = _keep(entry, parameters, make)
-    elif all(torch.equal(_bits(p), copy) for p, copy in zip(parameters, entry.copies, strict=True)):
-        return entry.made
-    else:
-        entry = entry._replace(calls=1, copies=(), made=None)
+    same = (
+        entry is not None
+        and entry.key == key
+        and all(other() is p for other, p in zip(entry.others, (B, h), strict=True))
+    )
+    if entry is not None and same and entry.made is not None:
+        pairs = zip(parameters, entry.copies, strict=True)
+        if all(torch.equal(_bits(p), copy) for p, copy in pairs):
+            return entry.made
+        same = False
+    if make is None:
+        return None
+    calls = entry.calls if entry is not None and same else 0
+    entry = _Entry(key, (weakref.ref(B), weakref.ref(h)), calls + 1)
+    if entry.calls > CALLS_BEFORE:
+        entry = _keep(entry, parameters, make)
     with _lock:
         _entries[A] = entry
     return entry.made

@@ -276,7 +276,7 @@ def test_training_keeps_nothing(made):
     assert_right(layer.eval(), x)
 
 
-def test_micro_batches_use_what_is_kept_and_get_the_same_gradients(made):
+def test_micro_batches_use_what_is_kept_and_get_the_same_gradients(made, monkeypatch):
     layer, x = warm_layer(calls=0)
     layer.train()
     gradients = []
@@ -287,6 +287,22 @@ def test_micro_batches_use_what_is_kept_and_get_the_same_gradients(made):
     assert any(entry.made is not None for entry in lean_cache._entries.values())
     for later in gradients[1:]:
         assert all(torch.equal(a, b) for a, b in zip(later, gradients[0], strict=True))
+    # Enough tokens for the way with expansions, which neither direction forms any more.
+    wide = torch.randn(32, x.shape[-1])
+    with monkeypatch.context() as patch:
+        patch.setattr(lean_adapters, "expand", None)
+        y = layer(wide)
+        kept = torch.autograd.grad(y.square().sum(), [layer.pera_A, layer.pera_B, layer.pera_h])
+        # The backward sees a change that leaves the version alone.
+        y = layer(wide)
+        layer.pera_B.data.mul_(2.0)
+        with pytest.raises(TypeError, match="must be callable"):
+            y.sum().backward()
+    layer.pera_B.data.div_(2.0)
+    again = copy.deepcopy(layer)
+    y = again(wide)
+    fresh = torch.autograd.grad(y.square().sum(), [again.pera_A, again.pera_B, again.pera_h])
+    assert all(torch.equal(a, b) for a, b in zip(kept, fresh, strict=True))
 
 
 def test_entries_die_with_the_parameters_and_with_a_change(made):

@@ -160,6 +160,26 @@ def test_gpu_targets_come_from_rows_and_from_the_decoder_layer():
     assert "0.9 at" in line_of(text, "peak memory over PEFT's LoRA, decoder layer")
 
 
+def test_the_slowest_memory_bound_kernel_counts():
+    def kernel(name, gbps, note):
+        return row(
+            f"kernel:{name}",
+            phase="kernel",
+            gbps=gbps,
+            ceiling_gbps=4000.0,
+            note=note,
+            ratio_to_frozen=None,
+        )
+
+    rows = [
+        kernel("accumulate", 3500.0, "memory-bound, met"),
+        kernel("sum", 3000.0, "memory-bound, MISSED"),
+        kernel("contract-A", 400.0, "bound by its operations"),
+    ]
+    line = line_of(targets.gpu(Cells(rows), Cells([])), "each memory-bound kernel")
+    assert "0.75 at kernel:sum" in line and "**missed** in 1 of 2, by at most 6.2 %" in line
+
+
 def test_a_merged_layer_outside_the_frozen_layers_spread_is_a_miss():
     rows = [row("frozen"), row("merged", ratio_to_frozen=1.25)]
     line = line_of(targets.gpu(Cells(rows), Cells([])), "merged")
@@ -171,7 +191,7 @@ def test_without_gpu_rows_the_parts_say_so_and_name_the_command(folder):
     write(folder / "cpu.jsonl", grid())
     assert report.gpu_benchmarks() == tables.NOT_MEASURED
     assert "tools/gpu_check.sh" in report.gpu_targets()
-    assert report.gpu_targets().count("| not measured |") == 13
+    assert report.gpu_targets().count("| not measured |") == 14
     assert report.decoder_layer() == "Decoder layer: **not measured**."
     assert "held" in report.cpu_targets() and "1.25 (2.5)" in report.cpu_benchmarks()
 
