@@ -27,7 +27,7 @@ class Settings:
     composed: bool = False
 
 
-def _as(weight: torch.Tensor | None, x: torch.Tensor) -> torch.Tensor | None:
+def in_dtype_of(x: torch.Tensor, weight: torch.Tensor | None) -> torch.Tensor | None:
     """The weight in the dtype of x: under autocast only the original is kept for the backward."""
     return weight if weight is None or weight.dtype == x.dtype else weight.to(x.dtype)
 
@@ -50,8 +50,8 @@ class PeraLinearFunction(torch.autograd.Function):
         s = settings
         y, u = implementation(s.backend).linear_forward(
             x,
-            _as(weight, x),
-            _as(bias, x),
+            in_dtype_of(x, weight),
+            in_dtype_of(x, bias),
             base_out,
             A,
             B,
@@ -83,7 +83,7 @@ class PeraLinearFunction(torch.autograd.Function):
             dy,
             x,
             u,
-            _as(weight, dy),
+            in_dtype_of(dy, weight),
             A,
             B,
             h,
@@ -113,8 +113,8 @@ class PeraGroupFunction(torch.autograd.Function):
         weights, biases, As, Bs, hs = (list(layers[k::5]) for k in range(5))
         *ys, u = implementation(s.backend).group_forward(
             x,
-            [_as(weight, x) for weight in weights],
-            [_as(bias, x) for bias in biases],
+            [in_dtype_of(x, weight) for weight in weights],
+            [in_dtype_of(x, bias) for bias in biases],
             As,
             Bs,
             hs,
@@ -148,7 +148,7 @@ class PeraGroupFunction(torch.autograd.Function):
                 list(dys),
                 x,
                 u,
-                [_as(weight, dys[0]) for weight in weights],
+                [in_dtype_of(dys[0], weight) for weight in weights],
                 As,
                 Bs,
                 hs,

@@ -11,8 +11,14 @@ import torch
 from torch.utils.weak import WeakIdKeyDictionary
 
 from . import plans, reference
-from .autograd import DeltaWeight, PeraGroupFunction, PeraLinearFunction, Settings
-from .backends import check_backend, check_plan, resolve
+from .autograd import (
+    DeltaWeight,
+    PeraGroupFunction,
+    PeraLinearFunction,
+    Settings,
+    in_dtype_of,
+)
+from .backends import check_backend, check_plan, implementation, resolve
 from .dropout import draw_seed
 from .terms import Terms, check_terms, coefficient_count
 
@@ -280,6 +286,23 @@ def linear_or_update(
         composed = _composes(x, weight, A, B, h)
     seed = draw_seed(x.device) if dropout_p > 0.0 else None
     with _without_autocast(x.device.type):
+        if name == "torch" and not _tracked(x, base_out, A, B, h):
+            y, _ = implementation(name).linear_forward(
+                x,
+                in_dtype_of(x, weight),
+                in_dtype_of(x, bias),
+                base_out,
+                A,
+                B,
+                h,
+                seed,
+                float(scale),
+                terms,
+                float(dropout_p),
+                composed,
+                keep_u=False,
+            )
+            return y
         if name != "reference":
             settings = Settings(float(scale), terms, name, float(dropout_p), composed)
             return PeraLinearFunction.apply(x, weight, bias, base_out, A, B, h, seed, settings)
@@ -301,6 +324,11 @@ def linear_or_update(
         return base_out + update
 
 
+def _tracked(*tensors: torch.Tensor | None) -> bool:
+    """Whether autograd will ask for a backward."""
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+
+
 def _composes(
     x: torch.Tensor,
     weight: torch.Tensor,
@@ -312,7 +340,7 @@ def _composes(
     if torch.compiler.is_compiling() or not x.dtype == weight.dtype == A.dtype:
         return False
     lanes = A.shape[0] + (0 if h is None else h.shape[0])
-    trains = torch.is_grad_enabled() and any(p is not None and p.requires_grad for p in (A, B, h))
+    trains = _tracked(A, B, h)
     (M, N), T = weight.shape, x.shape[:-1].numel()
     return plans.composes(T, N, M, lanes, x.dtype, x.device, trains)
 
@@ -345,6 +373,22 @@ def linear_group(
     seed = draw_seed(x.device) if dropout_p > 0.0 else None
     settings = Settings(float(scale), terms, name, float(dropout_p))
     with _without_autocast(x.device.type):
+        if name == "torch" and not _tracked(x, *tensors):
+            weights, biases, As, Bs, members = zip(*layers, strict=True)
+            *ys, _ = implementation(name).group_forward(
+                x,
+                [in_dtype_of(x, weight) for weight in weights],
+                [in_dtype_of(x, bias) for bias in biases],
+                As,
+                Bs,
+                members,
+                seed,
+                float(scale),
+                terms,
+                float(dropout_p),
+                keep_u=False,
+            )
+            return tuple(ys)
         return PeraGroupFunction.apply(x, seed, settings, *(t for layer in layers for t in layer))
 
 

@@ -56,8 +56,10 @@ def linear_forward(
     terms: Terms,
     dropout_p: float,
     composed: bool,
+    keep_u: bool = True,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """(y, u): y on a dense ``weight`` or a base layer's output; u ``(T, K)``, empty if composed.
+    """(y, u): y on a dense ``weight`` or a base layer's output; u ``(T, K)``, empty if composed or
+    not to be kept.
 
     K is R where h is frozen at zero: its pairs are never formed.
     """
@@ -71,7 +73,7 @@ def linear_forward(
         assert base_out is not None
         y = tokens(base_out.clone(memory_format=torch.contiguous_format))
     adapter = Adapters([A], [B], [h], seed, scale, terms, dropout_p)
-    u = add_update([y], rows, adapter)
+    u = add_update([y], rows, adapter, keep_u)
     return y.view(*x.shape[:-1], B.shape[0]), u
 
 
@@ -125,14 +127,16 @@ def group_forward(
     scale: float,
     terms: Terms,
     dropout_p: float,
+    keep_u: bool = True,
 ) -> list[torch.Tensor]:
-    """y of every layer of a group that shares x, and u ``(T, G K)`` of all; one dropout mask.
+    """y of every layer of a group that shares x, and u ``(T, G K)`` of all, empty if not to be
+    kept; one dropout mask.
 
     Ranks are equal, out features need not be.
     """
     rows = tokens(x)
     ys = [_base(rows, weight, bias) for weight, bias in zip(weights, biases, strict=True)]
-    u = add_update(ys, rows, Adapters(As, Bs, hs, seed, scale, terms, dropout_p))
+    u = add_update(ys, rows, Adapters(As, Bs, hs, seed, scale, terms, dropout_p), keep_u)
     return [*(y.view(*x.shape[:-1], y.shape[1]) for y in ys), u]
 
 

@@ -52,23 +52,23 @@ class Adapters(NamedTuple):
             return x
         return x.masked_fill(~keep_mask(self.seed, x.shape[0], x.shape[1], self.dropout_p), 0.0)
 
-    def expansions(self, g: int, dtype: torch.dtype) -> Expansions:
-        """Of member g; float16 has the coefficients in φ(B)."""
+    def expansions(self, g: int, dtype: torch.dtype, folded: bool) -> Expansions:
+        """Of member g; ``folded`` and float16 have the coefficients in φ(B), the former times s."""
         A, B, h = self.As[g], self.Bs[g], self.hs[g]
+        half = dtype == torch.float16
+        c = coefficients(h, self.R, 1.0 if half else self.scale, self.terms)
         phi_A = expand(A, self.terms, dtype)
-        if dtype == torch.float16:
-            c = coefficients(h, self.R, 1.0, self.terms)
+        if c is not None and (folded or half):
             return Expansions(phi_A, expand(B.t(), self.terms, dtype, c), None)
-        c = coefficients(h, self.R, self.scale, self.terms)
         return Expansions(phi_A, expand(B.t(), self.terms, dtype), c)
 
-    def kept_expansions(self, g: int, dtype: torch.dtype) -> Expansions:
+    def kept_expansions(self, g: int, dtype: torch.dtype, folded: bool) -> Expansions:
         """:meth:`expansions`, from those that are kept if they are."""
         A, B, h = self.As[g], self.Bs[g], self.hs[g]
-        make = partial(self.expansions, g, dtype)
+        make = partial(self.expansions, g, dtype, folded)
         if h is None:
             return make()
-        return lookup(A, B, h, self.scale, self.terms, dtype, make) or make()
+        return lookup(A, B, h, self.scale, self.terms, dtype, folded, make) or make()
 
     def bare_expansions(
         self, g: int, dtype: torch.dtype
@@ -79,7 +79,7 @@ class Adapters(NamedTuple):
         A, B, h = self.As[g], self.Bs[g], self.hs[g]
         half = dtype == torch.float16
         if h is not None and not half:
-            kept = lookup(A, B, h, self.scale, self.terms, dtype, None)
+            kept = lookup(A, B, h, self.scale, self.terms, dtype, False, None)
             if kept is not None:
                 return lambda: kept.phi_A, lambda: kept.phi_B, kept.c
         return (
@@ -123,7 +123,9 @@ def _weighted(u: torch.Tensor, c: torch.Tensor | None, scale: float) -> torch.Te
     """
     if u.dtype == torch.float16:
         return u
-    return u * scale if c is None else (u * c).to(u.dtype)
+    if c is not None:
+        return (u * c).to(u.dtype)
+    return u if scale == 1.0 else u * scale
 
 
 def _add_product(
@@ -135,23 +137,30 @@ def _add_product(
     return out.addmm_(weighted, phi)
 
 
-def add_update(ys: Sequence[torch.Tensor], x: torch.Tensor, adapters: Adapters) -> torch.Tensor:
-    """Adds s (x̂ φ(A)ᵀ ∘ c) φ(B)ᵀ to each y ``(T, M_g)``; returns u ``(T, G K)`` of all.
+def add_update(
+    ys: Sequence[torch.Tensor], x: torch.Tensor, adapters: Adapters, keep_u: bool
+) -> torch.Tensor:
+    """Adds s (x̂ φ(A)ᵀ ∘ c) φ(B)ᵀ to each y ``(T, M_g)``; returns u ``(T, G K)`` of all, or an empty
+    tensor.
 
-    K is R where all h are frozen at zero: their pairs are never formed.
+    K is R where all h are frozen at zero: their pairs are never formed. Without ``keep_u`` s and
+    the coefficients are part of φ(B): two passes over ``(T, K)`` fewer.
     """
     frozen = not any(h is not None and h.requires_grad for h in adapters.hs)
     if frozen and x.dtype != torch.float16 and _all_zero(adapters.hs):
         adapters = adapters.linear()
-    x, us = adapters.dropped(x), []
+    x, us, folded = adapters.dropped(x), [], not keep_u
     for g, y in enumerate(ys):
-        own = adapters.kept_expansions(g, x.dtype)
+        own = adapters.kept_expansions(g, x.dtype, folded)
         u = _project(x, own.phi_A)
         if adapters.dropout_p > 0.0:
             u.mul_(adapters.keep_scale)
-        _add_product(y, _weighted(u, own.c, adapters.scale), own.phi_B, adapters.scale)
+        if folded and adapters.hs[g] is not None and x.dtype != torch.float16:
+            y.addmm_(u, own.phi_B)
+        else:
+            _add_product(y, _weighted(u, own.c, adapters.scale), own.phi_B, adapters.scale)
         us.append(u)
-    return _side_by_side(us)
+    return _side_by_side(us) if keep_u else x.new_empty(0)
 
 
 def add_gradients(

@@ -27,7 +27,9 @@ CALLS_BEFORE = 2
 
 
 class Expansions(NamedTuple):
-    """φ(A) ``(K, N)``, φ(B) ``(K, M)`` and the coefficients ``(K,)`` times s."""
+    """φ(A) ``(K, N)``, φ(B) ``(K, M)`` and the coefficients ``(K,)`` times s, None where φ(B) has
+    them.
+    """
 
     phi_A: torch.Tensor
     phi_B: torch.Tensor
@@ -80,6 +82,7 @@ def lookup(
     scale: float,
     terms: Terms,
     dtype: torch.dtype,
+    folded: bool,
     make: Callable[[], Expansions] | None,
 ) -> Expansions | None:
     """The kept expansions of these parameters, by ``make`` once they are worth keeping; or None.
@@ -93,7 +96,7 @@ def lookup(
         # It may have been there before it moved to another device.
         _entries.pop(A, None)
         return None
-    key = (scale, terms, dtype, A._version, B._version, h._version)
+    key = (scale, terms, dtype, folded, A._version, B._version, h._version)
     with _lock:
         entry = _entries.get(A)
     same = (

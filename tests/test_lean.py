@@ -190,6 +190,28 @@ def assert_right(layer, x):
         assert torch.equal(layer(x), copy.deepcopy(layer)(x))
 
 
+@pytest.mark.parametrize("dropout_p", [0.0, 0.25])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("terms", TERMS)
+@pytest.mark.parametrize("T", [1, 40])
+def test_evaluation_under_the_numeric_rule(T, terms, dtype, dropout_p):
+    """Without gradients the coefficients are part of φ(B)."""
+    case = Case(terms=terms, r=8, T=T, N=96, M=80, dtype=dtype, dropout_p=dropout_p)
+    p = numerics.make_inputs(case)
+    options = {"scale": 0.7, "terms": terms, "dropout_p": dropout_p}
+
+    def evaluate(backend, exact=False):
+        tensors = [p.x, p.weight, p.A, p.B, p.h, p.bias]
+        torch.manual_seed(0)
+        with torch.no_grad():
+            tensors = [t.double() if exact and t is not None else t for t in tensors]
+            return pk.pera_linear(*tensors, backend=backend, **options)
+
+    truth, reference = evaluate("reference", True), evaluate("reference")
+    verdict = numerics.judge("y", evaluate("torch"), reference, truth, dtype)
+    assert verdict.passed, str(verdict)
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("T", [1, 5, 40])
 def test_kept_expansions_give_the_same_bits(T, dtype, made):

@@ -50,9 +50,9 @@ def composed_calls(monkeypatch):
     seen = []
     original = lean.linear_forward
 
-    def recorded(*arguments):
+    def recorded(*arguments, **options):
         seen.append(arguments[-1])
-        return original(*arguments)
+        return original(*arguments, **options)
 
     monkeypatch.setattr(lean, "linear_forward", recorded)
     return seen

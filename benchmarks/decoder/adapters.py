@@ -34,7 +34,7 @@ class Contender:
     of ``adapter_dtype``, None being the layer's; with ``autocast`` the layer runs in its own dtype
     by ``torch.autocast``. One whose dropout draws its ``own_mask``, not the reference's, is judged
     in eval mode. ``allowed`` is the largest error ratio that passes: 1 is the numeric rule.
-    ``unavailable`` says why it cannot run.
+    ``apart`` evaluates no projections together. ``unavailable`` says why it cannot run.
     """
 
     name: str
@@ -47,6 +47,7 @@ class Contender:
     backend: str | None = None
     needs: tuple[str, ...] = ()
     allowed: float = 1.0
+    apart: bool = False
 
     def build(self, base: Base) -> Layer:
         problem, layer = base.problem, base.copy()
@@ -78,6 +79,7 @@ def adapt_pera(
     *,
     backend: str,
     terms: Terms = "full",
+    group: bool = True,
 ) -> dict[str, torch.Tensor]:
     pk.inject(
         layer,
@@ -87,6 +89,7 @@ def adapt_pera(
         dropout=problem.dropout,
         adapter_dtype=dtype,
         backend=backend,
+        group=group,
     )
     trains = {}
     for name, module in projections(layer).items():
@@ -155,13 +158,21 @@ def _ours(backend: str) -> tuple[Contender, Contender]:
     return plain, replace(plain, adapter_dtype=torch.float32)
 
 
+def _apart(backend: str) -> Contender:
+    """The same without groups: q, k and v each for itself."""
+    adapt = functools.partial(adapt_pera, backend=backend, group=False)
+    return Contender(f"{backend}-apart", "auto", "full", adapt, backend=backend, apart=True)
+
+
 CONTENDERS: tuple[Contender, ...] = (
     Contender(FROZEN, "dense", None, _adapt_nothing),
     *_peer("peft-lora", "linear", _adapt_peft, "peft"),
     *_peer("released", "full", _adapt_released),
     *_ours("reference"),
     *_ours("torch"),
+    _apart("torch"),
     *_ours("triton"),
+    _apart("triton"),
 )
 
 

@@ -97,7 +97,7 @@ class Gate:
 
     def _groups(self, contender: Contender, layer: Layer) -> Groups:
         """Whose dropout mask is shared: the reference evaluates no projections together."""
-        if not self._masked(contender) or contender.backend == "reference":
+        if not self._masked(contender) or contender.backend == "reference" or contender.apart:
             return {}
         return pk.group_projections(layer.module)
 
