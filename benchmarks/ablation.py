@@ -72,6 +72,15 @@ def _never_zero():
         yield
 
 
+def _keeping_u() -> contextlib.AbstractContextManager[Any]:
+    original = lean_adapters.add_update
+    return mock.patch.object(
+        lean,
+        "add_update",
+        lambda ys, x, adapters, keep_u: original(ys, x, adapters, True),
+    )
+
+
 def _apart() -> contextlib.AbstractContextManager[Any]:
     from pera_kernels.groups import InputGroup
 
@@ -106,11 +115,12 @@ ABLATIONS = (
         r=8,
     ),
     Ablation(
-        "projections stored by columns in half precision",
-        1.05,
-        _set(lean_adapters, "_project", lambda x, phi: x @ phi.t()),
-        T=512,
+        "without gradients, coefficients folded into φ(B)",
+        1.15,
+        _keeping_u,
+        T=64,
         dtype="bfloat16",
+        phase="eval",
     ),
     Ablation(
         "auto composes: eval",

@@ -104,16 +104,9 @@ def _all_zero(hs: Sequence[torch.Tensor | None]) -> bool:
     return all(h is not None and readable(h) and not h.any() for h in hs)
 
 
-def _project(x: torch.Tensor, phi: torch.Tensor) -> torch.Tensor:
-    """x φᵀ ``(T, K)``. In half precision stored column by column: what follows is faster then."""
-    if x.dtype.itemsize == 2 and (torch.compiler.is_compiling() or x.shape[0] > FEW_TOKENS):
-        return (phi @ x.t()).t()
-    return x @ phi.t()
-
-
 def _side_by_side(us: Sequence[torch.Tensor]) -> torch.Tensor:
-    """``(T, K)`` of each -> ``(T, G K)``, stored column by column if there are several."""
-    return us[0] if len(us) == 1 else torch.cat([u.t() for u in us]).t()
+    """``(T, K)`` of each -> ``(T, G K)``."""
+    return us[0] if len(us) == 1 else torch.cat(list(us), 1)
 
 
 def _weighted(u: torch.Tensor, c: torch.Tensor | None, scale: float) -> torch.Tensor:
@@ -152,7 +145,7 @@ def add_update(
     x, us, folded = adapters.dropped(x), [], not keep_u
     for g, y in enumerate(ys):
         own = adapters.kept_expansions(g, x.dtype, folded)
-        u = _project(x, own.phi_A)
+        u = x @ own.phi_A.t()
         if adapters.dropout_p > 0.0:
             u.mul_(adapters.keep_scale)
         if folded and adapters.hs[g] is not None and x.dtype != torch.float16:
@@ -204,14 +197,14 @@ def add_gradients(
             phi_cs[g] = c
         if u is None and (need_B or need_h):
             assert x is not None
-            u = _project(x, phi_A()).mul_(keep_scale)
+            u = (x @ phi_A().t()).mul_(keep_scale)
         if need_B:
             assert u is not None
             dphi = _weighted(u, c, scale).t() @ dy
             dphi = dphi.mul_(scale) if in_phi else dphi
             gradients[3 * g + 1] = contract(dphi, B.t(), terms, phi_cs[g]).t().contiguous()
         if need_x or need_A or need_h:
-            v = _project(dy, phi_B())
+            v = dy @ phi_B().t()
         if need_h:
             assert u is not None and h is not None
             gradients[3 * g + 2] = coefficient_gradient(u, v, h, R, scale, terms)

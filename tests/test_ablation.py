@@ -25,6 +25,7 @@ def test_a_switch_that_changes_the_result_is_refused():
         T=8,
         n=64,
         out=(64,),
+        phase="both",
         off=lambda: ablation.mock.patch.object(
             ablation.lean_adapters, "_weighted", lambda u, c, scale: 2 * u
         ),
