@@ -123,6 +123,14 @@ ABLATIONS = (
         phase="eval",
     ),
     Ablation(
+        "float32 expansions for a few tokens in bfloat16",
+        1.18,
+        _set(lean_adapters, "SINGLE_TOKENS", 0),
+        T=1,
+        dtype="bfloat16",
+        phase="eval",
+    ),
+    Ablation(
         "auto composes: eval",
         1.25,
         _set(plans, "composes", lambda *arguments: False),

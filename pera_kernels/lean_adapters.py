@@ -25,6 +25,8 @@ Expand = Callable[[], torch.Tensor]
 
 # Up to so many tokens, and no more than R, the pairs' gradients come from Gram matrices.
 FEW_TOKENS = 16
+# A CPU's products in bfloat16 have a fixed cost: up to so many tokens float32 is faster.
+SINGLE_TOKENS = 4
 
 
 class Adapters(NamedTuple):
@@ -104,6 +106,16 @@ def _all_zero(hs: Sequence[torch.Tensor | None]) -> bool:
     return all(h is not None and readable(h) and not h.any() for h in hs)
 
 
+def _in_single(x: torch.Tensor) -> bool:
+    """Whether the adapters' part of so few tokens is computed in float32."""
+    return (
+        x.dtype == torch.bfloat16
+        and x.device.type == "cpu"
+        and not torch.compiler.is_compiling()
+        and x.shape[0] <= SINGLE_TOKENS
+    )
+
+
 def _side_by_side(us: Sequence[torch.Tensor]) -> torch.Tensor:
     """``(T, K)`` of each -> ``(T, G K)``."""
     return us[0] if len(us) == 1 else torch.cat(list(us), 1)
@@ -137,18 +149,23 @@ def add_update(
     tensor.
 
     K is R where all h are frozen at zero: their pairs are never formed. Without ``keep_u`` s and
-    the coefficients are part of φ(B): two passes over ``(T, K)`` fewer.
+    the coefficients are part of φ(B): two passes over ``(T, K)`` fewer, and for a few tokens in
+    bfloat16 the expansions are float32.
     """
     frozen = not any(h is not None and h.requires_grad for h in adapters.hs)
     if frozen and x.dtype != torch.float16 and _all_zero(adapters.hs):
         adapters = adapters.linear()
     x, us, folded = adapters.dropped(x), [], not keep_u
+    if folded and _in_single(x):
+        x = x.float()
     for g, y in enumerate(ys):
         own = adapters.kept_expansions(g, x.dtype, folded)
         u = x @ own.phi_A.t()
         if adapters.dropout_p > 0.0:
             u.mul_(adapters.keep_scale)
-        if folded and adapters.hs[g] is not None and x.dtype != torch.float16:
+        if x.dtype != y.dtype:
+            y.add_(u @ own.phi_B, alpha=1.0 if adapters.hs[g] is not None else adapters.scale)
+        elif folded and adapters.hs[g] is not None and x.dtype != torch.float16:
             y.addmm_(u, own.phi_B)
         else:
             _add_product(y, _weighted(u, own.c, adapters.scale), own.phi_B, adapters.scale)

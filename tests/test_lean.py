@@ -193,7 +193,7 @@ def assert_right(layer, x):
 @pytest.mark.parametrize("dropout_p", [0.0, 0.25])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("terms", TERMS)
-@pytest.mark.parametrize("T", [1, 40])
+@pytest.mark.parametrize("T", [1, lean_adapters.SINGLE_TOKENS, lean_adapters.SINGLE_TOKENS + 1, 40])
 def test_evaluation_under_the_numeric_rule(T, terms, dtype, dropout_p):
     """Without gradients the coefficients are part of φ(B)."""
     case = Case(terms=terms, r=8, T=T, N=96, M=80, dtype=dtype, dropout_p=dropout_p)
