@@ -115,6 +115,12 @@ ABLATIONS = (
         r=8,
     ),
     Ablation(
+        "contraction by offsets where one tensor would be large",
+        1.3,
+        _set(lean_factors, "GATHER_ELEMENTS", 10**9),
+        T=64,
+    ),
+    Ablation(
         "without gradients, coefficients folded into φ(B)",
         1.15,
         _keeping_u,
@@ -128,6 +134,14 @@ ABLATIONS = (
         _set(lean_adapters, "SINGLE_TOKENS", 0),
         T=1,
         dtype="bfloat16",
+        phase="eval",
+    ),
+    Ablation(
+        "no expansions for a few tokens at high ranks",
+        1.2,
+        _set(lean_adapters, "GRAM_RANK", 10**9),
+        T=1,
+        r=32,
         phase="eval",
     ),
     Ablation(

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 
 import torch
+from torch.autograd.graph import increment_version
 
 from tools.numerics import Inputs
 
@@ -22,6 +23,8 @@ __all__ = ["PHASES", "Timing", "input_sets", "peak_mib", "phase_call", "saved_mi
 
 PHASES = ("forward", "backward", "both", "eval")
 
+# After so many calls what a layer keeps while its parameters stay as they are is there.
+EVAL_CALLS = 4
 # A sample is this long, of as many calls as that takes.
 SAMPLE_MS = 2.0
 MAX_CALLS = 100
@@ -90,17 +93,24 @@ def phase_call(layer: Layer, inputs: Inputs, phase: str) -> Callable[[], object]
     """A call of one phase; a backward runs again and again over one forward.
 
     The layer is left in evaluation mode for "eval", which computes y alone with parameters that
-    stay as they are, and in training mode for the others.
+    stay as they are, and in training mode for the others. Before a "forward" or "both" parameters
+    count as changed, as an optimizer's step leaves them.
     """
     module, x, dy = layer.module, inputs.x, inputs.dy
     module.train(phase != "eval")
-    leaves = [x, *layer.trains.values()]
+    trained = list(layer.trains.values())
+    leaves = [x, *trained]
+
+    def forward() -> torch.Tensor:
+        increment_version(trained)
+        return module(x)
+
     if phase == "forward":
-        return lambda: module(x)
+        return forward
     if phase == "eval":
         return torch.no_grad()(lambda: module(x))
     if phase == "both":
-        return lambda: torch.autograd.grad(module(x), leaves, dy)
+        return lambda: torch.autograd.grad(forward(), leaves, dy)
     y = module(x)
     return lambda: torch.autograd.grad(y, leaves, dy, retain_graph=True)
 
@@ -135,9 +145,10 @@ def _synchronize(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def _warm_up(calls: list[Callable[[], object]], device: torch.device) -> float:
-    """Call everything once, and at least three times in all; milliseconds of a call after that."""
-    for call in itertools.islice(itertools.cycle(calls), max(3, len(calls))):
+def _warm_up(calls: list[Callable[[], object]], phase: str, device: torch.device) -> float:
+    """Call everything once, ``EVAL_CALLS`` times for "eval"; milliseconds of a call after that."""
+    count = len(calls) * (EVAL_CALLS if phase == "eval" else 1)
+    for call in itertools.islice(itertools.cycle(calls), max(3, count)):
         call()
     _synchronize(device)
     start = time.perf_counter()
@@ -212,7 +223,7 @@ def time_phase(
     for name, own in layers.items():
         pairs = zip(own, sets, strict=True)
         calls[name] = [phase_call(layer, inputs, phase) for layer, inputs in pairs]
-        cost[name] = _warm_up(calls[name], device)
+        cost[name] = _warm_up(calls[name], phase, device)
 
     short = device.type == "cuda" and cost[FROZEN] < GRAPH_BELOW_MS
     turns: list[tuple[Timing, Callable[[], float]]] = []

@@ -27,6 +27,9 @@ Expand = Callable[[], torch.Tensor]
 FEW_TOKENS = 16
 # A CPU's products in bfloat16 have a fixed cost: up to so many tokens float32 is faster.
 SINGLE_TOKENS = 4
+# For so few tokens expansions of at least this rank, even kept ones, take longer to read than Gram
+# matrices to compute.
+GRAM_RANK = 24
 
 
 class Adapters(NamedTuple):
@@ -106,6 +109,31 @@ def _all_zero(hs: Sequence[torch.Tensor | None]) -> bool:
     return all(h is not None and readable(h) and not h.any() for h in hs)
 
 
+def _without_expansions(x: torch.Tensor, adapters: Adapters) -> bool:
+    """Whether y of so few tokens comes from Gram matrices."""
+    return (
+        x.device.type == "cpu"
+        and not torch.compiler.is_compiling()
+        and 0 < x.shape[0] <= SINGLE_TOKENS
+        and adapters.R >= GRAM_RANK
+        and adapters.terms in ("full", "cross")
+        and x.dtype != torch.float16
+    )
+
+
+def _update_few(x: torch.Tensor, adapters: Adapters, g: int) -> torch.Tensor:
+    """What member g adds to y, in at least float32."""
+    A, B, terms = adapters.As[g], adapters.Bs[g], adapters.terms
+    work = work_dtype(A.dtype)
+    c = coefficients(adapters.hs[g], adapters.R, adapters.scale, terms)
+    assert c is not None
+    weighted = lean_few.project(x.to(work), A.to(work), terms).mul_(c)
+    if adapters.dropout_p > 0.0:
+        weighted.mul_(adapters.keep_scale)
+    rows = B.t().to(work).contiguous()
+    return lean_few.update(lean_few.spread(weighted, rows, terms), weighted, rows)
+
+
 def _in_single(x: torch.Tensor) -> bool:
     """Whether the adapters' part of so few tokens is computed in float32."""
     return (
@@ -156,6 +184,10 @@ def add_update(
     if frozen and x.dtype != torch.float16 and _all_zero(adapters.hs):
         adapters = adapters.linear()
     x, us, folded = adapters.dropped(x), [], not keep_u
+    if folded and _without_expansions(x, adapters):
+        for g, y in enumerate(ys):
+            y.add_(_update_few(x, adapters, g))
+        return x.new_empty(0)
     if folded and _in_single(x):
         x = x.float()
     for g, y in enumerate(ys):

@@ -22,8 +22,9 @@ from .terms import (
 
 __all__ = ["coefficient_gradient", "coefficients", "contract", "expand", "lanes", "work_dtype"]
 
-# Up to so many numbers (1 MB of float32) fit the caches, and are gathered for the contraction.
-GATHER_ELEMENTS = 2**18
+# Up to so many numbers are gathered in one tensor for the contraction; one that is larger costs
+# more in fresh memory than the operations it saves.
+GATHER_ELEMENTS = 2**16
 
 
 class Lanes(NamedTuple):

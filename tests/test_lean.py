@@ -190,15 +190,9 @@ def assert_right(layer, x):
         assert torch.equal(layer(x), copy.deepcopy(layer)(x))
 
 
-@pytest.mark.parametrize("dropout_p", [0.0, 0.25])
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("terms", TERMS)
-@pytest.mark.parametrize("T", [1, lean_adapters.SINGLE_TOKENS, lean_adapters.SINGLE_TOKENS + 1, 40])
-def test_evaluation_under_the_numeric_rule(T, terms, dtype, dropout_p):
-    """Without gradients the coefficients are part of φ(B)."""
-    case = Case(terms=terms, r=8, T=T, N=96, M=80, dtype=dtype, dropout_p=dropout_p)
+def assert_evaluates(case):
     p = numerics.make_inputs(case)
-    options = {"scale": 0.7, "terms": terms, "dropout_p": dropout_p}
+    options = {"scale": 0.7, "terms": case.terms, "dropout_p": case.dropout_p}
 
     def evaluate(backend, exact=False):
         tensors = [p.x, p.weight, p.A, p.B, p.h, p.bias]
@@ -208,8 +202,25 @@ def test_evaluation_under_the_numeric_rule(T, terms, dtype, dropout_p):
             return pk.pera_linear(*tensors, backend=backend, **options)
 
     truth, reference = evaluate("reference", True), evaluate("reference")
-    verdict = numerics.judge("y", evaluate("torch"), reference, truth, dtype)
+    verdict = numerics.judge("y", evaluate("torch"), reference, truth, case.dtype)
     assert verdict.passed, str(verdict)
+
+
+@pytest.mark.parametrize("dropout_p", [0.0, 0.25])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("terms", TERMS)
+@pytest.mark.parametrize("T", [1, lean_adapters.SINGLE_TOKENS, lean_adapters.SINGLE_TOKENS + 1, 40])
+def test_evaluation_under_the_numeric_rule(T, terms, dtype, dropout_p):
+    """Without gradients the coefficients are part of φ(B)."""
+    assert_evaluates(Case(terms=terms, r=8, T=T, N=96, M=80, dtype=dtype, dropout_p=dropout_p))
+
+
+@pytest.mark.parametrize("dropout_p", [0.0, 0.25])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("terms", TERMS)
+@pytest.mark.parametrize("r", [lean_adapters.GRAM_RANK - 1, lean_adapters.GRAM_RANK])
+def test_evaluation_of_a_few_tokens_under_the_numeric_rule(r, terms, dtype, dropout_p):
+    assert_evaluates(Case(terms=terms, r=r, dtype=dtype, T=3, N=40, M=24, dropout_p=dropout_p))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
