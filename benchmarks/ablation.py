@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import gc
+import itertools
 import json
 import random
 import statistics
@@ -44,7 +45,8 @@ class Ablation:
     """One optimisation, where it applies, and how it is turned ``off`` while a call is made.
 
     ``phase`` is "both" (forward and backward of everything) or "eval". ``out`` has the out features
-    of the layers, several of which share x as a group. ``trained_h=False`` freezes h at zero.
+    of the layers, several of which share x as a group. ``trained_h=False`` freezes h at zero. Of
+    ``models`` models every call takes the next: with enough of them nothing stays in the caches.
     """
 
     name: str
@@ -57,6 +59,7 @@ class Ablation:
     dtype: str = "float32"
     phase: str = "both"
     trained_h: bool = True
+    models: int = 1
 
 
 def _set(owner: Any, name: str, value: Any) -> Off:
@@ -143,6 +146,7 @@ ABLATIONS = (
         T=1,
         r=32,
         phase="eval",
+        models=24,
     ),
     Ablation(
         "auto composes: eval",
@@ -196,7 +200,12 @@ class _One(nn.Module):
 
 
 def _call(ablation: Ablation) -> Call:
-    """The call on a layer of its own, the same numbers every time it is made."""
+    """The call on models of its own, the same numbers every time it is made."""
+    calls = itertools.cycle([_call_of_one(ablation) for _ in range(ablation.models)])
+    return lambda: next(calls)()
+
+
+def _call_of_one(ablation: Ablation) -> Call:
     torch.manual_seed(0)
     dtype = getattr(torch, ablation.dtype)
     kind = _One if len(ablation.out) == 1 else _Projections
@@ -234,7 +243,7 @@ def measure(ablation: Ablation, rounds: int) -> dict[str, Any]:
     for side, call in calls.items():
         with contexts[side]():
             # Expansions are kept from the third call on.
-            found[side] = [call() for _ in range(4)][-1]
+            found[side] = [call() for _ in range(4 * ablation.models)][-1]
     tolerance = 32 * torch.finfo(getattr(torch, ablation.dtype)).eps
     for ours, theirs in zip(found["with"], found["without"], strict=True):
         if float((ours - theirs).abs().max()) > tolerance * float(theirs.abs().max()):
@@ -282,6 +291,8 @@ def table(path: Path) -> str:
     for row in rows:
         out = ", ".join(map(str, row["out"]))
         case = f"{row['phase']}, T={row['T']}, {row['n']}→{out}, r={row['r']}, {row['dtype']}"
+        if row["models"] > 1:
+            case += f", {row['models']} layers in turn"
         spread = f"{row['gain']:.2f} ({row['gain_p20']:.2f} to {row['gain_p80']:.2f})"
         lines.append(f"| {row['name']} | {case} | {row['predicted']:.2f} | {spread} |")
     where = dict.fromkeys(f"{r['device']}, torch {r['torch']}, {r['date'][:10]}" for r in rows)
