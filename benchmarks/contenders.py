@@ -14,7 +14,7 @@ from torch import nn
 import pera_kernels as pk
 from pera_kernels import backends
 from pera_kernels.terms import Terms
-from tools.numerics import Case, Inputs
+from pera_kernels.verify.numerics import Case, Inputs
 
 from .layers import FROZEN, Contender, Layer, frozen_linear
 from .peers import PEERS

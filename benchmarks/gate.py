@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from tools.numerics import Case, Inputs, draws, judge, make_inputs, run
+from pera_kernels.verify.numerics import Case, Inputs, draws, judge, make_inputs, run
 
 from .layers import Contender, Layer
 
@@ -31,7 +31,7 @@ class _Draw:
 
 
 class Gate:
-    """``tools.numerics.check`` for any contender of a case: same inputs, same draws, same rule.
+    """``numerics.check`` for any contender of a case: same inputs, same draws, same rule.
 
     What has to be matched is computed once for all contenders that are judged alike, and only for
     those at a time: at the largest sizes the float64 truth takes gigabytes.

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from tools.numerics import Case, Inputs
+from pera_kernels.verify.numerics import Case, Inputs
 
 __all__ = ["FROZEN", "Contender", "Layer", "frozen_linear"]
 

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from tools.numerics import Case, Inputs
+from pera_kernels.verify.numerics import Case, Inputs
 
 from .layers import Contender, Layer, frozen_linear
 

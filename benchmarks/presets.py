@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from pera_kernels.terms import TERMS
-from tools.numerics import Case
+from pera_kernels.verify.numerics import Case
 
 from .results import DTYPES
 from .timing import PHASES

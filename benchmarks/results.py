@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from pera_kernels.terms import expanded_rank
-from tools.numerics import Case
+from pera_kernels.verify.numerics import Case
 
 from .layers import Contender
 

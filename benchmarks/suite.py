@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from tools.numerics import Case, Inputs, make_inputs
+from pera_kernels.verify.numerics import Case, Inputs, make_inputs
 
 from . import overhead, timing, work
 from .ceilings import Ceilings

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch.autograd.graph import increment_version
 
-from tools.numerics import Inputs
+from pera_kernels.verify.numerics import Inputs
 
 from .layers import FROZEN, Layer
 from .memory import memory, peak_bytes

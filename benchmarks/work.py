@@ -26,7 +26,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from pera_kernels.terms import coefficient_count, expanded_rank
-from tools.numerics import Case
+from pera_kernels.verify.numerics import Case
 
 __all__ = ["Work", "of"]
 

@@ -8,8 +8,8 @@ from torch.utils.checkpoint import checkpoint
 
 import pera_kernels as pk
 from pera_kernels.terms import lane_count
-from tools import numerics
-from tools.numerics import Case
+from pera_kernels.verify import numerics
+from pera_kernels.verify.numerics import Case
 
 T, N, M, R = 21, 40, 24, 4
 

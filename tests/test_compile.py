@@ -9,8 +9,8 @@ import pera_kernels as pk
 from pera_kernels import ops
 from pera_kernels.backends import unavailable
 from pera_kernels.terms import lane_count
-from tools import numerics
-from tools.numerics import Case
+from pera_kernels.verify import numerics
+from pera_kernels.verify.numerics import Case
 
 COMPILERS = ["aot_eager", "inductor"]
 

@@ -13,7 +13,7 @@ from torch.utils.checkpoint import checkpoint
 import pera_kernels as pk
 from pera_kernels import autograd, plans
 from pera_kernels.groups import shared_inputs
-from tools.numerics import judge
+from pera_kernels.verify.numerics import judge
 
 
 class Attention(nn.Module):

@@ -10,8 +10,8 @@ import torch
 import pera_kernels as pk
 from pera_kernels import lean, lean_adapters, lean_cache, lean_factors
 from pera_kernels.terms import TERMS, expanded_rank
-from tools import numerics
-from tools.numerics import Case
+from pera_kernels.verify import numerics
+from pera_kernels.verify.numerics import Case
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 CALLS = lean_cache.CALLS_BEFORE + 1

@@ -7,7 +7,7 @@ import torch
 
 import pera_kernels as pk
 from pera_kernels import lean, plans
-from tools.numerics import Case, check, make_inputs, run
+from pera_kernels.verify.numerics import Case, check, make_inputs, run
 
 
 @pytest.fixture(params=["on chip", "in memory"])

@@ -1,4 +1,4 @@
-"""``tools.verify``: what it covers, what it prints, and that it notices a broken kernel."""
+"""``pera_kernels verify``: what it covers, what it prints, and that it notices a broken kernel."""
 
 import json
 import os
@@ -14,10 +14,10 @@ import torch
 from pera_kernels import configs
 from pera_kernels.backends import unavailable
 from pera_kernels.terms import TERMS
-from tools.numerics import Case, Verdict
-from tools.verify import measure
-from tools.verify.__main__ import main
-from tools.verify.plan import DEFAULT_DTYPES, OPS, RANKS, SHAPES, Request, Task, plan
+from pera_kernels.verify import measure
+from pera_kernels.verify.__main__ import main
+from pera_kernels.verify.numerics import Case, Verdict
+from pera_kernels.verify.plan import DEFAULT_DTYPES, OPS, RANKS, SHAPES, Request, Task, plan
 
 ROOT = Path(__file__).resolve().parents[1]
 TINY = ["--device", "cpu", "--jobs", "0", "--terms", "full", "--ranks", "8", "--shapes", "9x21x13"]

@@ -12,7 +12,7 @@ from torch import nn
 import pera_kernels as pk
 from pera_kernels import backends
 from pera_kernels.terms import Terms
-from tools.numerics import Case
+from pera_kernels.verify.numerics import Case
 
 from ..layers import FROZEN, Layer
 from ..peers import PEER_ALLOWED, ReleasedPera

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 import pera_kernels as pk
-from tools.numerics import Case, draws, judge
+from pera_kernels.verify.numerics import Case, draws, judge
 
 from ..gate import Judgement
 from ..layers import Layer
@@ -75,7 +75,7 @@ def share_masks(module: nn.Module, groups: Groups) -> None:
 
 
 class Gate:
-    """The numeric rule (``tools.numerics``) on the layers that are timed, at the sizes timed.
+    """The numeric rule on the layers that are timed, at the sizes timed.
 
     Truth is the plain reference of PERA, or of LoRA, in a float64 copy of the whole layer; the
     error to compare with is that of the same reference in the layer's dtype. Few coefficients are

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from tools.numerics import Case
+from pera_kernels.verify.numerics import Case
 
 from .. import work
 from ..gate import Judgement

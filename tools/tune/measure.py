@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import torch
 
 from pera_kernels.configs import Tile
-from tools.numerics import judge
+from pera_kernels.verify.numerics import judge
 
 from .problems import Operands, Problem, using
 

@@ -1,4 +1,4 @@
-"""The numeric rule, shared by the tests, ``tools.verify`` and the benchmarks' correctness gate.
+"""The numeric rule, shared by the tests, ``verify`` and the benchmarks' correctness gate.
 
 Truth is the float64 reference on the same rounded inputs. The maximum and the RMS error of a
 candidate must each be at most twice the error of the plain reference run in the working dtype, plus

@@ -1,9 +1,10 @@
 """Compare every op, terms, rank, dtype and backend with float64 and say whether it passes.
 
 An output passes if its maximum and its RMS error are each at most twice the error of the plain
-reference run in the working dtype, plus a floor of a few ulps (tools/numerics.py). Without a GPU
-the Triton kernels run in Triton's interpreter. Few coefficients mean few errors to compare: small
-ranks pool several draws of the inputs, and a failure by a handful of values is judged on more.
+reference run in the working dtype, plus a floor of a few ulps (pera_kernels/verify/numerics.py).
+Without a GPU the Triton kernels run in Triton's interpreter. Few coefficients mean few errors to
+compare: small ranks pool several draws of the inputs, and a failure by a handful of values is
+judged on more.
 """
 
 from __future__ import annotations
@@ -30,10 +31,9 @@ import torch
 import pera_kernels
 from pera_kernels.backends import interpreting
 from pera_kernels.terms import TERMS
-from tools import numerics
-from tools.verify import report
-from tools.verify.measure import Row, in_order, measure
-from tools.verify.plan import (
+from pera_kernels.verify import numerics, report
+from pera_kernels.verify.measure import Row, in_order, measure
+from pera_kernels.verify.plan import (
     DEFAULT_DTYPES,
     DTYPES,
     OPS,
@@ -50,9 +50,9 @@ ops:
   activations; and delta_weight
 
 examples:
-  python -m tools.verify
-  python -m tools.verify --backend triton --terms full --ranks 16 --dtypes bfloat16
-  python -m tools.verify --backend torch --dtypes float64 --shapes 33x70x50 128x64x96
+  python -m pera_kernels verify
+  python -m pera_kernels verify --backend triton --terms full --ranks 16 --dtypes bfloat16
+  python -m pera_kernels verify --backend torch --dtypes float64 --shapes 33x70x50 128x64x96
 """
 # What one process may need on a GPU: its context, and a float64 reference at the largest shape.
 BYTES_PER_JOB = 3 * 2**30
@@ -84,7 +84,7 @@ class _Parser(argparse.ArgumentParser):
 
 def _parser() -> argparse.ArgumentParser:
     parser = _Parser(
-        prog="python -m tools.verify",
+        prog="python -m pera_kernels verify",
         description=__doc__,
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,

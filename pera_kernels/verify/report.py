@@ -7,8 +7,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 from typing import Any
 
-from tools.verify.measure import Row
-from tools.verify.plan import OPS
+from pera_kernels.verify.measure import Row
+from pera_kernels.verify.plan import OPS
 
 __all__ = ["failures", "overview", "payload", "summary", "table"]
 
@@ -156,7 +156,7 @@ def describe(row: Row) -> str:
 def _again(row: Row, device: str) -> str:
     task = row.task
     return (
-        f"python -m tools.verify --device {device} --backend {row.backend} --ops {task.op} "
+        f"python -m pera_kernels verify --device {device} --backend {row.backend} --ops {task.op} "
         f"--terms {task.case.terms} --ranks {task.case.r} --dtypes {task.dtype} "
         f"--shapes {task.shape} --seed {task.case.seed}"
     )

@@ -15,8 +15,8 @@ from dataclasses import dataclass, replace
 import torch
 
 from pera_kernels.terms import coefficient_count
-from tools.numerics import POOLED_COEFFICIENTS, Case, Verdict, check, draws
-from tools.verify.plan import Task, groups
+from pera_kernels.verify.numerics import POOLED_COEFFICIENTS, Case, Verdict, check, draws
+from pera_kernels.verify.plan import Task, groups
 
 __all__ = ["Row", "in_order", "measure"]
 
