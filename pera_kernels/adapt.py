@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from numbers import Real
 from typing import Any, TypeVar
 
@@ -121,7 +121,6 @@ def inject(
             f"target_modules={target_modules!r} matches no module of {type(model).__name__}; "
             f"its linear layers are: {shown or 'none'}"
         )
-    trainable = [(p, p.requires_grad) for p in model.parameters()]
     options: dict[str, Any] = {
         "alpha": alpha,
         "terms": terms,
@@ -131,12 +130,39 @@ def inject(
         "backend": backend,
         "plan": plan,
     }
+    adopt(model, found, {name: {"r": r, **options} for name, _, _ in found}, group)
+    return model
+
+
+def named_places(
+    model: nn.Module, layers: Iterable[nn.Module]
+) -> list[tuple[str, nn.Module, nn.Module]]:
+    """(name, parent, layer) of every place in ``model`` where one of ``layers`` stands."""
+    wanted = {id(layer) for layer in layers}
+    modules = dict(model.named_modules(remove_duplicate=False))
+    return [
+        (name, modules[name.rpartition(".")[0]], layer)
+        for name, layer in modules.items()
+        if name and id(layer) in wanted
+    ]
+
+
+def adopt(
+    model: nn.Module,
+    places: Sequence[tuple[str, nn.Module, nn.Module]],
+    options: Mapping[str, Mapping[str, Any]],
+    group: bool = True,
+) -> None:
+    """Put adapters with the ``options`` of :meth:`PeraLinear.from_linear`, which are by name, in
+    these places and freeze everything else. If one cannot be made, nothing is changed.
+    """
+    trainable = [(p, p.requires_grad) for p in model.parameters()]
     # A layer that stands under two names keeps doing so: one adapter for both.
     adapted: dict[nn.Module, PeraLinear] = {}
     try:
-        for _, _, layer in found:
-            if layer not in adapted:
-                adapted[layer] = PeraLinear.from_linear(layer, r, **options)
+        for name, _, layer in places:
+            if layer not in adapted and name in options:
+                adapted[layer] = PeraLinear.from_linear(layer, **options[name])
     except BaseException:
         for parameter, requires_grad in trainable:
             parameter.requires_grad_(requires_grad)
@@ -145,11 +171,10 @@ def inject(
     for parameter in model.parameters():
         if id(parameter) not in keep:
             parameter.requires_grad_(False)
-    for name, parent, layer in found:
+    for name, parent, layer in places:
         setattr(parent, name.rpartition(".")[2], adapted[layer])
     if group:
         group_projections(model)
-    return model
 
 
 def adapted_modules(model: nn.Module) -> dict[str, PeraLinear]:
@@ -166,7 +191,7 @@ def adapter_parameters(model: nn.Module) -> Iterator[nn.Parameter]:
             yield layer.pera_h
 
 
-def _check_rate(name: str, value: object) -> None:
+def check_rate(name: str, value: object) -> None:
     if isinstance(value, bool) or not isinstance(value, Real):
         raise TypeError(f"{name} must be a number >= 0; got {value!r}")
     if not (math.isfinite(value) and float(value) >= 0):
@@ -193,23 +218,40 @@ def parameter_groups(
     Raises:
         ValueError: a rate that is negative or not finite, or a model without a trainable adapter.
     """
-    _check_rate("lr", lr)
-    _check_rate("weight_decay", weight_decay)
+    check_rate("lr", lr)
+    check_rate("weight_decay", weight_decay)
     if lr_h is not None:
-        _check_rate("lr_h", lr_h)
+        check_rate("lr_h", lr_h)
     layers = adapted_modules(model).values()
-    factors = [p for m in layers for p in (m.pera_A, m.pera_B) if p.requires_grad]
-    hs = [m.pera_h for m in layers if m.pera_h is not None and m.pera_h.requires_grad]
+    factors = [p for m in layers for p in (m.pera_A, m.pera_B)]
+    hs = [m.pera_h for m in layers if m.pera_h is not None]
+    return grouped(model, factors, hs, lr, lr if lr_h is None else lr_h, weight_decay)
+
+
+def grouped(
+    model: nn.Module,
+    factors: Sequence[nn.Parameter],
+    hs: Sequence[nn.Parameter],
+    lr: float,
+    lr_h: float,
+    weight_decay: float,
+) -> list[dict[str, Any]]:
+    """The groups of :func:`parameter_groups` from the adapters' parameters, those that train.
+
+    Raises:
+        ValueError: none of them does.
+    """
+    adapter = {id(p) for p in (*factors, *hs)}
+    factors = [p for p in factors if p.requires_grad]
+    hs = [p for p in hs if p.requires_grad]
     if not factors and not hs:
         raise ValueError(
             f"model has no trainable adapter: call inject first; got {type(model).__name__}"
         )
-    adapter = {id(p) for p in adapter_parameters(model)}
     other = [p for p in model.parameters() if p.requires_grad and id(p) not in adapter]
-    rate_h = lr if lr_h is None else lr_h
-    groups = [
+    groups: list[dict[str, Any]] = [
         {"name": "factors", "params": factors, "lr": lr, "weight_decay": weight_decay},
-        {"name": "coefficients", "params": hs, "lr": rate_h, "weight_decay": 0.0},
+        {"name": "coefficients", "params": hs, "lr": lr_h, "weight_decay": 0.0},
         {"name": "other", "params": other, "lr": lr, "weight_decay": weight_decay},
     ]
     return [group for group in groups if group["params"]]

@@ -25,6 +25,19 @@ __all__ = ["PeraLinear"]
 INITS = ("kaiming", "gaussian")
 
 
+def check_alpha(alpha: object, name: str = "alpha") -> None:
+    if alpha is None:
+        return
+    if isinstance(alpha, bool) or not isinstance(alpha, Real):
+        raise TypeError(f"{name} must be a number > 0 or None; got {alpha!r}")
+    try:
+        value = float(alpha)
+    except OverflowError:
+        value = math.inf
+    if not (math.isfinite(value) and value > 0):
+        raise ValueError(f"{name} must be finite and > 0; got {value!r}")
+
+
 def check_adapter_options(
     r: int,
     alpha: float | None,
@@ -39,11 +52,7 @@ def check_adapter_options(
     check_rank(r)
     check_terms(terms)
     check_dropout(dropout, "dropout")
-    if alpha is not None:
-        if isinstance(alpha, bool) or not isinstance(alpha, Real):
-            raise TypeError(f"alpha must be a number > 0 or None; got {alpha!r}")
-        if not (math.isfinite(alpha) and float(alpha) > 0):
-            raise ValueError(f"alpha must be finite and > 0; got {alpha!r}")
+    check_alpha(alpha)
     if init not in INITS:
         raise ValueError(f"init must be one of {', '.join(map(repr, INITS))}; got {init!r}")
     if adapter_dtype is not None and adapter_dtype not in FLOATING:
@@ -152,7 +161,7 @@ class PeraLinear(nn.Module):
                     f"layer must have an int {name}, as nn.Linear has; "
                     f"{type(layer).__name__} has none"
                 )
-        dense = _is_plain_linear(layer)
+        dense = is_plain_linear(layer)
         if plan == "composed" and not dense:
             raise ValueError(
                 "plan='composed' needs a plain nn.Linear as base; "
@@ -301,6 +310,23 @@ class PeraLinear(nn.Module):
         return (self.weight.to(delta.dtype) - delta).to(self.weight.dtype)
 
     @torch.no_grad()
+    def merged_weight(self, safe: bool = True) -> torch.Tensor:
+        """W0 + ΔW, formed in at least float32 and rounded once; the layer is not changed.
+
+        Raises:
+            ValueError: with ``safe``, the result is not finite.
+        """
+        delta = self._exact_delta()
+        merged = delta.add_(self.base_weight()).to(self.weight.dtype)
+        if safe and not torch.isfinite(merged).all():
+            count = int((~torch.isfinite(merged)).sum())
+            raise ValueError(
+                f"merging would make {count} of {merged.numel()} weights infinite or NaN; the "
+                "weight is unchanged (merge(safe=False) merges all the same)"
+            )
+        return merged
+
+    @torch.no_grad()
     def merge(self, safe: bool = True, *, keep_base: bool = True) -> None:
         """Fold ΔW into ``weight``, so that the layer costs what its base costs. Does nothing if
         merged.
@@ -318,14 +344,7 @@ class PeraLinear(nn.Module):
         """
         if self.merged:
             return
-        delta = self._exact_delta()
-        merged = delta.add_(self.weight).to(self.weight.dtype)
-        if safe and not torch.isfinite(merged).all():
-            count = int((~torch.isfinite(merged)).sum())
-            raise ValueError(
-                f"merging would make {count} of {merged.numel()} weights infinite or NaN; the "
-                "weight is unchanged (merge(safe=False) merges all the same)"
-            )
+        merged = self.merged_weight(safe)
         self.merged_base = self.weight.detach().clone() if keep_base else None
         self.weight.copy_(merged)
         self.merged = True
@@ -356,15 +375,7 @@ class PeraLinear(nn.Module):
 
         0 where there are no products or they vanish, inf where BA alone vanishes.
         """
-        h = None if self.pera_h is None else self.pera_h.double()
-        phi_A, phi_B = reference.expanded_factors(
-            self.pera_A.double(), self.pera_B.double(), h, self.terms
-        )
-        linear = _product_norm(phi_B[:, : self.r], phi_A[: self.r])
-        quadratic = _product_norm(phi_B[:, self.r :], phi_A[self.r :])
-        if quadratic == 0.0:
-            return 0.0
-        return quadratic / linear if linear > 0.0 else math.inf
+        return quadratic_share(self.pera_A, self.pera_B, self.pera_h, self.terms)
 
     def _save_to_state_dict(
         self, destination: dict[str, Any], prefix: str, keep_vars: bool
@@ -429,9 +440,12 @@ class PeraOverModule(PeraLinear):
         )
 
 
-def _is_plain_linear(layer: nn.Module) -> bool:
+def is_plain_linear(layer: nn.Module) -> bool:
     """An ``nn.Linear`` whose forward is F.linear on floating-point parameters and nothing else."""
     if type(layer) is not nn.Linear or layer.weight.dtype not in FLOATING:
+        return False
+    # A subclass of Tensor may be quantized, or a shard.
+    if type(layer.weight) is not nn.Parameter:
         return False
     hooks = (
         layer._forward_hooks,
@@ -440,6 +454,20 @@ def _is_plain_linear(layer: nn.Module) -> bool:
         layer._backward_pre_hooks,
     )
     return "forward" not in layer.__dict__ and not any(hooks)
+
+
+def quadratic_share(
+    A: torch.Tensor, B: torch.Tensor, h: torch.Tensor | None, terms: Terms
+) -> float:
+    """:meth:`PeraLinear.quadratic_share` of these parameters."""
+    h = None if h is None else h.double()
+    phi_A, phi_B = reference.expanded_factors(A.double(), B.double(), h, terms)
+    r = A.shape[0]
+    linear = _product_norm(phi_B[:, :r], phi_A[:r])
+    quadratic = _product_norm(phi_B[:, r:], phi_A[r:])
+    if quadratic == 0.0:
+        return 0.0
+    return quadratic / linear if linear > 0.0 else math.inf
 
 
 def _product_norm(B: torch.Tensor, A: torch.Tensor) -> float:

@@ -1,0 +1,522 @@
+"""Adapter checkpoints: ``adapter_model.safetensors`` and a readable ``adapter_config.json``.
+
+The tensors' file holds the configuration as well, with a digest over both, so that it is complete
+in itself: it is replaced in one step, and a flipped bit is seen. ``adapter_config.json`` is for
+people and programs that look at a folder.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+import re
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple, TypeVar
+
+import torch
+from torch import nn
+
+from . import files
+from .adapt import adapted_modules, adopt, named_places
+from .functional import FLOATING, check_adapter
+from .module import PeraLinear, check_adapter_options
+from .terms import TERMS
+
+__all__ = [
+    "AdapterFile",
+    "Incompatible",
+    "adapter_state_dict",
+    "load_adapter",
+    "read_adapter",
+    "save_adapter",
+]
+
+ModelT = TypeVar("ModelT", bound=nn.Module)
+
+FORMAT = "pera_kernels"
+FORMAT_VERSION = 1
+TENSORS_FILE = "adapter_model.safetensors"
+CONFIG_FILE = "adapter_config.json"
+PARTS = ("pera_A", "pera_B", "pera_h")
+OPTIONS = ("r", "alpha", "terms", "dropout")
+
+
+class Incompatible(NamedTuple):
+    """Keys of the model that the file has not, and of the file that the model has not."""
+
+    missing_keys: list[str]
+    unexpected_keys: list[str]
+
+
+@dataclass(frozen=True)
+class AdapterFile:
+    """An adapter that was read and checked, and is in no model yet.
+
+    ``options`` has r, alpha, terms and dropout of every module, ``tensors`` its A, B and h.
+    """
+
+    path: Path
+    options: dict[str, dict[str, Any]]
+    tensors: dict[str, dict[str, torch.Tensor]]
+    base_model: str | None = None
+    config: dict[str, Any] = field(default_factory=dict)
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The model inside a ``torch.compile`` or data-parallel wrapper, whose names are the plain
+    ones.
+    """
+    parallel = (nn.DataParallel, nn.parallel.DistributedDataParallel)
+    while True:
+        inner = model.module if isinstance(model, parallel) else getattr(model, "_orig_mod", None)
+        if not isinstance(inner, nn.Module):
+            return model
+        model = inner
+
+
+def _adapted(model: nn.Module, to: str) -> dict[str, PeraLinear]:
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be an nn.Module; got {type(model).__name__}")
+    layers = adapted_modules(model)
+    if not layers:
+        raise ValueError(f"model has no adapter to {to}: call inject first")
+    return layers
+
+
+def _key(module: str, part: str) -> str:
+    return f"{module}.{part}" if module else part
+
+
+def adapter_state_dict(model: nn.Module) -> dict[str, torch.Tensor]:
+    """The adapters' tensors by the names that they have in ``model.state_dict()``; not copied.
+
+    Raises:
+        ValueError: the model has no adapter.
+    """
+    return {
+        _key(name, part): tensor.detach()
+        for name, layer in _adapted(unwrapped(model), "save").items()
+        for part in PARTS
+        if (tensor := getattr(layer, part)) is not None
+    }
+
+
+def _most_common(values: list[Any]) -> Any:
+    return max(values, key=values.count)
+
+
+def _base_model_hint(model: nn.Module) -> str | None:
+    hint = getattr(getattr(model, "config", None), "_name_or_path", None) or getattr(
+        model, "name_or_path", None
+    )
+    return hint if isinstance(hint, str) and hint else None
+
+
+def _config(layers: Mapping[str, PeraLinear], base_model: str | None) -> dict[str, Any]:
+    options = {name: {key: getattr(m, key) for key in OPTIONS} for name, m in layers.items()}
+    common = {key: _most_common([own[key] for own in options.values()]) for key in OPTIONS}
+    others = {
+        name: {key: own[key] for key in OPTIONS if own[key] != common[key]}
+        for name, own in options.items()
+    }
+    return {
+        "format": FORMAT,
+        "format_version": FORMAT_VERSION,
+        "base_model": base_model,
+        **common,
+        "target_modules": list(layers),
+        # Modules that differ from the above, by name.
+        "modules": {name: own for name, own in others.items() if own},
+    }
+
+
+def _digest(config: str, tensors: Mapping[str, torch.Tensor]) -> str:
+    whole = hashlib.sha256(config.encode())
+    for name in sorted(tensors):
+        tensor = tensors[name].detach().to("cpu").contiguous()
+        whole.update(f"\n{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        whole.update(tensor.view(torch.uint8).numpy().tobytes() if tensor.numel() else b"")
+    return whole.hexdigest()
+
+
+def save_adapter(
+    model: nn.Module, folder: str | os.PathLike[str], *, base_model: str | None = None
+) -> None:
+    """Write the adapters of ``model`` to ``folder``, which is made if it is missing.
+
+    Interrupted at any moment, it leaves the checkpoint that was there or the new one. Merged layers
+    are saved as what they are, an adapter beside W0.
+
+    Args:
+        base_model: a hint for people, such as a model's name; by default what the model's own
+            configuration says.
+
+    Raises:
+        ValueError: the model has no adapter.
+        OSError: the folder cannot be written; what was there is untouched.
+        ImportError: safetensors is not installed.
+    """
+    model = unwrapped(model)
+    layers = _adapted(model, "save")
+    tensors = adapter_state_dict(model)
+    config = _config(layers, base_model or _base_model_hint(model))
+    text = json.dumps(config, sort_keys=True)
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    metadata = {"pera_config": text, "pera_digest": _digest(text, tensors)}
+    files.write_safetensors(folder / TENSORS_FILE, tensors, metadata)
+    files.write_json(folder / CONFIG_FILE, config)
+
+
+def read_adapter(folder: str | os.PathLike[str]) -> AdapterFile:
+    """Read and check a folder of :func:`save_adapter`, or of PEFT with a PERA adapter.
+
+    Raises:
+        FileNotFoundError: a file is missing.
+        ValueError: a file is truncated, corrupted, of a newer format or inconsistent; the message
+            names the file and what was expected.
+    """
+    folder = Path(folder)
+    tensors, metadata = files.read_safetensors(folder / TENSORS_FILE)
+    path = folder / CONFIG_FILE
+    stored = metadata.get("pera_config")
+    if stored is None:
+        config = files.read_json(path)
+    else:
+        digest = metadata.get("pera_digest")
+        if digest is not None and digest != _digest(stored, tensors):
+            raise ValueError(
+                f"{folder / TENSORS_FILE} is corrupted: its digest does not fit its content"
+            )
+        config, path = _stored(stored, folder / TENSORS_FILE), folder / TENSORS_FILE
+        beside = folder / CONFIG_FILE
+        if beside.exists() and files.read_json(beside) != config:
+            _check_version(files.read_json(beside), beside)
+            warnings.warn(
+                f"{beside} differs from the configuration stored in {TENSORS_FILE}, which counts",
+                stacklevel=3,
+            )
+    if config.get("peft_type") is not None:
+        options, by_module = _from_peft(config, tensors, path)
+    else:
+        _check_version(config, path)
+        options, by_module = _from_own(config, tensors, path)
+    _check_modules(options, by_module, folder / TENSORS_FILE)
+    base = config.get("base_model") or config.get("base_model_name_or_path")
+    return AdapterFile(folder, options, by_module, base if isinstance(base, str) else None, config)
+
+
+def _stored(text: str, path: Path) -> dict[str, Any]:
+    try:
+        config = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} holds a configuration that is not JSON: {error}") from error
+    if not isinstance(config, dict):
+        raise ValueError(f"{path} holds a configuration that is not a JSON object")
+    return config
+
+
+def _check_version(config: Mapping[str, Any], path: Path) -> None:
+    if config.get("format") != FORMAT:
+        raise ValueError(
+            f'{path} is not a PERA adapter: "format" must be "{FORMAT}"; '
+            f"got {config.get('format')!r}"
+        )
+    version = config.get("format_version")
+    if isinstance(version, bool) or not isinstance(version, int) or version < 1:
+        raise ValueError(f'{path}: "format_version" must be an integer >= 1; got {version!r}')
+    if version > FORMAT_VERSION:
+        raise ValueError(
+            f"{path} has format version {version}; this package reads up to {FORMAT_VERSION}: "
+            "update pera_kernels"
+        )
+
+
+def _split(tensors: Mapping[str, torch.Tensor], path: Path) -> dict[str, dict[str, torch.Tensor]]:
+    by_module: dict[str, dict[str, torch.Tensor]] = {}
+    for key, tensor in tensors.items():
+        module, _, part = key.rpartition(".")
+        if part not in PARTS:
+            raise ValueError(
+                f"{path} has a tensor {key!r}; those of an adapter end in {', '.join(PARTS)}"
+            )
+        by_module.setdefault(module, {})[part] = tensor
+    return by_module
+
+
+def _from_own(
+    config: Mapping[str, Any], tensors: Mapping[str, torch.Tensor], path: Path
+) -> tuple[dict[str, dict[str, Any]], dict[str, dict[str, torch.Tensor]]]:
+    by_module = _split(tensors, path)
+    others = config.get("modules", {})
+    if not isinstance(others, dict) or not all(isinstance(own, dict) for own in others.values()):
+        raise ValueError(f'{path}: "modules" must be an object of objects; got {others!r}')
+    targets = config.get("target_modules")
+    if not isinstance(targets, list) or set(map(str, targets)) != set(by_module):
+        told = targets if isinstance(targets, list) else []
+        _listed(
+            f"{path}: target_modules and tensors disagree",
+            {
+                "without tensors": sorted(set(map(str, told)) - set(by_module)),
+                "not in target_modules": sorted(set(by_module) - set(map(str, told))),
+            },
+        )
+    options = {}
+    for name in by_module:
+        own = {**{key: config.get(key) for key in OPTIONS}, **others.get(name, {})}
+        options[name] = {key: own[key] for key in OPTIONS}
+    return options, by_module
+
+
+def _from_peft(
+    config: Mapping[str, Any], tensors: Mapping[str, torch.Tensor], path: Path
+) -> tuple[dict[str, dict[str, Any]], dict[str, dict[str, torch.Tensor]]]:
+    """A folder that PEFT wrote: its names, its way to say rank and alpha."""
+    if config["peft_type"] != "PERA":
+        raise ValueError(
+            f'{path}: "peft_type" must be "PERA" to be read as a PERA adapter; '
+            f"got {config['peft_type']!r}"
+        )
+    prefix = "base_model.model."
+    other = [key for key in tensors if key.rpartition(".")[2] not in PARTS]
+    if other:
+        raise ValueError(
+            f"{path}: the adapter also saved whole modules ({', '.join(other[:4])}); load it with "
+            "peft.PeftModel.from_pretrained"
+        )
+    by_module = _split({key.removeprefix(prefix): t for key, t in tensors.items()}, path)
+    options = {}
+    for name, own in by_module.items():
+        alpha = _by_pattern(config.get("alpha_pattern"), name, config.get("pera_alpha"), path)
+        A = own.get("pera_A")
+        r = A.shape[0] if A is not None and A.dim() == 2 else config.get("r")
+        alpha = r if alpha is None else alpha
+        if config.get("use_rslora") and isinstance(r, int) and isinstance(alpha, (int, float)):
+            alpha = alpha * math.sqrt(r)
+        options[name] = {
+            "r": r,
+            "alpha": alpha,
+            "terms": config.get("terms", "full"),
+            "dropout": config.get("pera_dropout", 0.0),
+        }
+    return options, by_module
+
+
+def _by_pattern(patterns: Any, name: str, default: Any, path: Path) -> Any:
+    """The value of the first pattern that is the end of a module's name, as PEFT reads them."""
+    if patterns is None:
+        return default
+    if not isinstance(patterns, dict):
+        raise ValueError(f'{path}: "alpha_pattern" must be an object; got {patterns!r}')
+    for pattern, value in patterns.items():
+        if re.match(rf"(.*\.)?({pattern})$", name):
+            return value
+    return default
+
+
+def _check_modules(
+    options: dict[str, dict[str, Any]], tensors: dict[str, dict[str, torch.Tensor]], path: Path
+) -> None:
+    """Every module's options and tensors fit each other; ranks are those of the tensors."""
+    if not tensors:
+        raise ValueError(f"{path} holds no adapter tensors")
+    for name, own in tensors.items():
+        where = f"{path}: module {name!r}"
+        lacking = [part for part in ("pera_A", "pera_B") if part not in own]
+        if lacking:
+            raise ValueError(f"{where} lacks {', '.join(lacking)}")
+        told = options[name]
+        if told["terms"] not in TERMS:
+            raise ValueError(
+                f"{where}: terms must be one of {', '.join(TERMS)}; got {told['terms']!r}"
+            )
+        try:
+            check_adapter(own["pera_A"], own["pera_B"], own.get("pera_h"), told["terms"])
+            r = own["pera_A"].shape[0]
+            if told["r"] is not None and told["r"] != r:
+                raise ValueError(f"r is {told['r']!r} in the configuration, {r} in the tensors")
+            told["r"] = r
+            if told["alpha"] is None or isinstance(told["dropout"], bool):
+                raise TypeError(f"alpha and dropout must be numbers; got {told!r}")
+            check_adapter_options(
+                r,
+                told["alpha"],
+                told["terms"],
+                told["dropout"],
+                "kaiming",
+                None,
+                "auto",
+                "auto",
+            )
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"{where}: {error}") from error
+
+
+def _listed(head: str, lists: Mapping[str, list[str]], limit: int = 12) -> None:
+    """Raise one ValueError that lists what is wrong."""
+    lines = [head]
+    for title, names in lists.items():
+        if names:
+            shown = ", ".join(names[:limit]) + (", ..." if len(names) > limit else "")
+            lines.append(f"  {title} ({len(names)}): {shown}")
+    raise ValueError("\n".join(lines))
+
+
+def load_adapter(
+    model: ModelT,
+    folder: str | os.PathLike[str],
+    strict: bool = True,
+    *,
+    overwrite: bool = False,
+    backend: str = "auto",
+) -> Incompatible:
+    """Put the adapter in ``folder`` into ``model``, in place.
+
+    A plain model gets the adapters that the checkpoint has, of the ranks that its tensors have and
+    of their dtype, as by :func:`pera_kernels.inject`. A model with adapters has them filled: terms
+    and shapes must agree, and alpha becomes that of the checkpoint.
+
+    Args:
+        strict: raise if the model or the checkpoint has adapters that the other has not; else these
+            are left alone and returned. Tensors of another shape are refused in any case.
+        overwrite: fill adapters that hold something already (B is not zero).
+        backend: of the layers that are made; see :class:`PeraLinear`.
+
+    Returns:
+        ``(missing_keys, unexpected_keys)``: adapters' tensors of the model that the checkpoint has
+        not, and the other way round.
+
+    Raises:
+        FileNotFoundError, ValueError: see :func:`read_adapter`; or the checkpoint does not fit the
+            model: what is missing, unexpected or of another shape is listed. The model is
+            unchanged.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be an nn.Module; got {type(model).__name__}")
+    return place(unwrapped(model), read_adapter(folder), strict, overwrite, backend)
+
+
+def place(
+    model: nn.Module, adapter: AdapterFile, strict: bool, overwrite: bool, backend: str
+) -> Incompatible:
+    """:func:`load_adapter` of what was read."""
+    if adapted_modules(model):
+        return _fill(model, adapter, strict, overwrite)
+    return _inject(model, adapter, strict, backend)
+
+
+def _keys(adapter: AdapterFile, names: list[str]) -> list[str]:
+    return [_key(name, part) for name in names for part in PARTS if part in adapter.tensors[name]]
+
+
+def _inject(model: nn.Module, adapter: AdapterFile, strict: bool, backend: str) -> Incompatible:
+    modules = dict(model.named_modules(remove_duplicate=False))
+    unexpected = [name for name in adapter.tensors if not name or name not in modules]
+    misshapen = []
+    for name, own in adapter.tensors.items():
+        layer = modules.get(name)
+        if name in unexpected or layer is None:
+            continue
+        has = tuple(getattr(layer, a, None) for a in ("out_features", "in_features"))
+        wants = (own["pera_B"].shape[0], own["pera_A"].shape[1])
+        if has != wants:
+            kind = type(layer).__name__
+            misshapen.append(f"{name} (adapter of {wants}, {kind} of {has})")
+    fitting = [name for name in adapter.tensors if name not in unexpected]
+    if misshapen or (strict and unexpected) or not fitting:
+        _listed(
+            f"the adapter in {adapter.path} does not fit this {type(model).__name__}",
+            {
+                "modules that the model lacks": unexpected,
+                "of another shape (out, in)": misshapen,
+            },
+        )
+    options = {}
+    for name in fitting:
+        own = adapter.options[name]
+        options[name] = {
+            **own,
+            "adapter_dtype": _adapter_dtype(modules[name], adapter.tensors[name]["pera_A"].dtype),
+            "backend": backend,
+        }
+    adopt(model, named_places(model, [modules[name] for name in fitting]), options)
+    _copy(
+        [
+            (getattr(model.get_submodule(name), part), tensor)
+            for name in fitting
+            for part, tensor in adapter.tensors[name].items()
+        ]
+    )
+    return Incompatible([], _keys(adapter, unexpected))
+
+
+def _adapter_dtype(layer: nn.Module, stored: torch.dtype) -> torch.dtype:
+    """That of the checkpoint, except that float64 goes with float64 only."""
+    weight = getattr(layer, "weight", None)
+    own = weight.dtype if isinstance(weight, torch.Tensor) else torch.get_default_dtype()
+    if torch.float64 in (own, stored) and own in FLOATING:
+        return own
+    return stored
+
+
+def _fill(model: nn.Module, adapter: AdapterFile, strict: bool, overwrite: bool) -> Incompatible:
+    layers = adapted_modules(model)
+    missing = [name for name in layers if name not in adapter.tensors]
+    unexpected = [name for name in adapter.tensors if name not in layers]
+    both = [name for name in layers if name in adapter.tensors]
+    misshapen = []
+    for name in both:
+        layer, own = layers[name], adapter.tensors[name]
+        if layer.terms != adapter.options[name]["terms"]:
+            misshapen.append(
+                f"{name} (terms {adapter.options[name]['terms']!r} for a layer of {layer.terms!r})"
+            )
+            continue
+        for part, tensor in own.items():
+            has = tuple(getattr(layer, part).shape) if getattr(layer, part) is not None else None
+            if has != tuple(tensor.shape):
+                misshapen.append(f"{_key(name, part)} ({tuple(tensor.shape)} for {has})")
+    missing_keys = [
+        _key(n, part) for n in missing for part in PARTS if getattr(layers[n], part) is not None
+    ]
+    unexpected_keys = _keys(adapter, unexpected)
+    if misshapen or (strict and (missing or unexpected)) or not both:
+        _listed(
+            f"the adapter in {adapter.path} does not fit the adapters of this "
+            f"{type(model).__name__}",
+            {
+                "missing in the file": missing_keys,
+                "unexpected": unexpected_keys,
+                "of another shape": misshapen,
+            },
+        )
+    held = [name for name in both if not overwrite and bool(layers[name].pera_B.any())]
+    if held:
+        _listed(
+            "the model's adapters hold something already; load_adapter(..., overwrite=True) "
+            "replaces it",
+            {"adapters": held},
+        )
+    pairs = [
+        (getattr(layers[name], part), tensor)
+        for name in both
+        for part, tensor in adapter.tensors[name].items()
+    ]
+    # Everything that can fail happens before the first change.
+    moved = [(own, tensor.to(own.device, own.dtype)) for own, tensor in pairs]
+    for name in both:
+        layers[name].unmerge()
+        layers[name].alpha = float(adapter.options[name]["alpha"])
+    _copy(moved)
+    return Incompatible(missing_keys, unexpected_keys)
+
+
+@torch.no_grad()
+def _copy(pairs: list[tuple[torch.Tensor, torch.Tensor]]) -> None:
+    for own, tensor in pairs:
+        own.copy_(tensor)

@@ -1,0 +1,192 @@
+"""Merge, unmerge and unload every adapter of a model, all of them or none."""
+
+from __future__ import annotations
+
+import contextlib
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any, TypeVar
+
+import torch
+from torch import nn
+
+from .adapt import adapted_modules, named_places
+from .module import PeraLinear, PeraOverModule
+
+__all__ = ["merge", "unload", "unmerge"]
+
+ModelT = TypeVar("ModelT", bound=nn.Module)
+Progress = Callable[[Iterable[Any]], Iterable[Any]]
+
+
+def _span(tensor: torch.Tensor) -> tuple[int, int, int]:
+    """(storage, first byte, end) of the memory that a tensor may touch."""
+    size = tensor.element_size()
+    first = int(tensor.storage_offset()) * size
+    last = sum((n - 1) * s for n, s in zip(tensor.shape, tensor.stride(), strict=True))
+    return tensor.untyped_storage().data_ptr(), first, first + (int(last) + 1) * size
+
+
+def refuse_shared(model: nn.Module, weights: Mapping[str, torch.Tensor]) -> None:
+    """Raise if another parameter or buffer of ``model`` lies in the memory of one of ``weights``,
+    which are known by name: to change it would change both.
+    """
+    by_storage: defaultdict[int, list[tuple[str, int, int]]] = defaultdict(list)
+    # A module that stands under two names is one module, and one name of it counts.
+    for kind in (nn.Module.named_parameters, nn.Module.named_buffers):
+        for path, module in model.named_modules():
+            for part, tensor in kind(module, recurse=False, remove_duplicate=False):
+                if _placed(tensor):
+                    storage, first, end = _span(tensor)
+                    name = f"{path}.{part}" if path else part
+                    by_storage[storage].append((name, first, end))
+    found = []
+    for name, weight in weights.items():
+        if not _placed(weight):
+            continue
+        storage, first, end = _span(weight)
+        others = [
+            other
+            for other, start, stop in by_storage[storage]
+            if start < end and first < stop and other != name
+        ]
+        if others:
+            found.append(f"{name} is also {', '.join(others)}")
+    if found:
+        raise ValueError(
+            "merging would change other modules, because weights are shared: "
+            f"{'; '.join(found)}. Untie them first"
+        )
+
+
+def _placed(tensor: torch.Tensor) -> bool:
+    """Whether it has memory of its own kind, that can be compared."""
+    return bool(
+        tensor.numel()
+        and tensor.device.type != "meta"
+        and tensor.layout == torch.strided
+        and type(tensor) in (torch.Tensor, nn.Parameter)
+    )
+
+
+def _mergeable(model: nn.Module) -> dict[str, PeraLinear]:
+    layers = adapted_modules(model)
+    if not layers:
+        raise ValueError(f"model has no adapter to merge; got {type(model).__name__}")
+    called = [name for name, layer in layers.items() if isinstance(layer, PeraOverModule)]
+    if called:
+        kinds = {type(layers[name].base_layer).__name__ for name in called}
+        raise TypeError(
+            f"cannot merge into {', '.join(called)}: their bases ({', '.join(sorted(kinds))}) are "
+            "not plain nn.Linear; put dequantized nn.Linear layers there first, or unload with "
+            "merge=False"
+        )
+    refuse_shared(
+        model,
+        {f"{name}.weight" if name else "weight": layer.weight for name, layer in layers.items()},
+    )
+    return layers
+
+
+def merge(
+    model: ModelT,
+    *,
+    safe: bool = True,
+    keep_base: bool = True,
+    progress: Progress = iter,
+) -> ModelT:
+    """Merge every adapter of ``model`` into its base weight, in place; see
+    :meth:`PeraLinear.merge`.
+
+    Layers that are merged already stay so. ``progress`` wraps what is iterated over, as ``tqdm``
+    does.
+
+    Raises:
+        TypeError: a base is not a plain dense linear layer (a quantized one, for example).
+        ValueError: the model has no adapter, a merged weight would not be finite, or a weight is
+            shared with another module. In every case the model is unchanged.
+    """
+    waiting = {n: layer for n, layer in _mergeable(model).items() if not layer.merged}
+    if not keep_base and safe:
+        # Nothing to go back to later: every sum is looked at before the first is written.
+        for name, layer in waiting.items():
+            with _naming(name):
+                layer.merged_weight(safe=True)
+    done = []
+    try:
+        for name, layer in progress(list(waiting.items())):
+            with _naming(name):
+                layer.merge(safe=safe, keep_base=keep_base)
+            done.append(layer)
+    except BaseException:
+        for layer in done:
+            layer.unmerge()
+        raise
+    return model
+
+
+@contextlib.contextmanager
+def _naming(name: str) -> Iterator[None]:
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from error
+
+
+def unmerge(model: ModelT) -> ModelT:
+    """Unmerge every adapter of ``model``, in place; see :meth:`PeraLinear.unmerge`.
+
+    Raises:
+        ValueError: the model has no adapter.
+    """
+    layers = adapted_modules(model)
+    if not layers:
+        raise ValueError(f"model has no adapter to unmerge; got {type(model).__name__}")
+    for layer in layers.values():
+        layer.unmerge()
+    return model
+
+
+def _plain(layer: PeraLinear) -> nn.Module:
+    """The layer that was adapted, or one like it around the same parameters."""
+    if isinstance(layer, PeraOverModule):
+        return layer.base_layer
+    linear = nn.Linear(
+        layer.in_features,
+        layer.out_features,
+        layer.bias is not None,
+        device="meta",
+        dtype=layer.weight.dtype,
+    )
+    linear.weight = layer.weight  # type: ignore[assignment]
+    linear.bias = layer.bias  # type: ignore[assignment]
+    return linear.train(layer.training)
+
+
+def unload(model: ModelT, *, merge: bool = True, progress: Progress = iter) -> ModelT:
+    """Take every adapter out of ``model``, in place: plain ``nn.Linear`` layers (or the modules
+    that were adapted) on the same parameters, which stay frozen.
+
+    Args:
+        merge: leave the adapters' updates in the weights; else the model is what it was before.
+        progress: as in :func:`merge`.
+
+    Raises:
+        TypeError, ValueError: as :func:`merge`; the model is unchanged.
+    """
+    layers = adapted_modules(model)
+    if not layers:
+        raise ValueError(f"model has no adapter to unload; got {type(model).__name__}")
+    if isinstance(model, PeraLinear):
+        raise ValueError("model is itself a PeraLinear, which cannot be replaced in place")
+    if merge:
+        _merge(model, keep_base=False, progress=progress)
+    else:
+        unmerge(model)
+    plain = {id(layer): _plain(layer) for layer in layers.values()}
+    for name, parent, layer in named_places(model, layers.values()):
+        setattr(parent, name.rpartition(".")[2], plain[id(layer)])
+    return model
+
+
+_merge = merge
