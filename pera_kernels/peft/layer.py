@@ -1,0 +1,329 @@
+"""PEFT's layer around a linear base: it holds parameters, the formulas are in ``functional``."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
+from torch import nn
+
+from pera_kernels import functional
+from pera_kernels.export import AdapterView
+from pera_kernels.functional import FLOATING
+from pera_kernels.module import is_plain_linear
+from pera_kernels.terms import Terms, coefficient_count
+
+from .config import PeraConfig
+
+__all__ = ["PeraLayer", "is_conv1d", "unsupported"]
+
+BASE = "__base__"
+
+
+def is_conv1d(module: nn.Module) -> bool:
+    """transformers' Conv1D: a linear layer whose weight is (in, out)."""
+    from transformers.pytorch_utils import Conv1D
+
+    return isinstance(module, Conv1D)
+
+
+def _features(module: nn.Module) -> tuple[int, int] | None:
+    """(in, out) of a linear-like module."""
+    if is_conv1d(module):
+        n, m = module.weight.shape  # type: ignore[misc, union-attr]
+        return int(n), int(m)
+    n, m = getattr(module, "in_features", None), getattr(module, "out_features", None)
+    return (n, m) if isinstance(n, int) and isinstance(m, int) else None
+
+
+def unsupported(module: nn.Module) -> str | None:
+    """Why a module takes no PERA adapter."""
+    if isinstance(module, nn.Embedding):
+        return "an embedding looks rows up and has no input to project"
+    if isinstance(module, nn.MultiheadAttention):
+        return "nn.MultiheadAttention reads its weights without calling them"
+    if isinstance(module, nn.modules.conv._ConvNd):
+        return "a convolution is not a linear layer"
+    if _features(module) is None:
+        return "it is not a linear layer: in_features and out_features are missing"
+    weight = getattr(module, "weight", None)
+    if isinstance(weight, torch.Tensor) and weight.dim() > 2:
+        return f"its weight has {weight.dim()} dimensions: experts are not supported"
+    return None
+
+
+class PeraLayer(nn.Module, BaseTunerLayer):
+    """A linear base layer with any number of named PERA adapters.
+
+    ``pera_A[name]`` ``(r, N)``, ``pera_B[name]`` ``(M, r)`` and ``pera_h[name]`` ``(L,)``, which
+    ``terms="linear"`` has not.
+    """
+
+    # What BaseTunerLayer has.
+    active_adapters: list[str]
+    disable_adapters: bool
+    merged: bool
+    get_base_layer: Callable[[], nn.Module]
+    set_adapter: Callable[[list[str]], None]
+    _move_adapter_to_device_of_base_layer: Callable[[str], None]
+
+    adapter_layer_names = ("pera_A", "pera_B", "pera_h")
+    other_param_names = ("r", "pera_alpha", "scaling", "own_scaling", "pera_dropout", "terms")
+
+    def __init__(self, base_layer: nn.Module) -> None:
+        super().__init__()
+        self.base_layer = base_layer
+        features = _features(self.get_base_layer())
+        assert features is not None
+        self.in_features, self.out_features = features
+        self.fan_in_fan_out = is_conv1d(self.get_base_layer())
+        self.pera_A = nn.ParameterDict()
+        self.pera_B = nn.ParameterDict()
+        self.pera_h = nn.ParameterDict()
+        self.r: dict[str, int] = {}
+        self.pera_alpha: dict[str, float] = {}
+        self.scaling: dict[str, float] = {}
+        # Before scale_layer and the like.
+        self.own_scaling: dict[str, float] = {}
+        self.pera_dropout: dict[str, float] = {}
+        self.terms: dict[str, Terms] = {}
+        self._disable_adapters = False
+        self.merged_adapters: list[str] = []
+        # W0 while adapters are merged, so that unmerging is exact.
+        self._merged_base: torch.Tensor | None = None
+
+    def update_layer(
+        self, adapter_name: str, r: int, alpha: float | None, config: PeraConfig
+    ) -> None:
+        """Add an adapter."""
+        if adapter_name in self.pera_A:
+            raise ValueError(f"this layer has an adapter {adapter_name!r} already")
+        self.r[adapter_name] = r
+        self.pera_alpha[adapter_name] = float(r if alpha is None else alpha)
+        divisor = math.sqrt(r) if config.use_rslora else r
+        self.own_scaling[adapter_name] = self.pera_alpha[adapter_name] / divisor
+        self.scaling[adapter_name] = self.own_scaling[adapter_name]
+        self.pera_dropout[adapter_name] = float(config.pera_dropout)
+        self.terms[adapter_name] = config.terms  # type: ignore[assignment]
+        A = torch.empty(r, self.in_features)
+        B = torch.zeros(self.out_features, r)
+        h = torch.zeros(coefficient_count(r, config.terms))  # type: ignore[arg-type]
+        if config.init_weights == "gaussian":
+            nn.init.normal_(A, std=1.0 / r)
+        else:
+            nn.init.kaiming_uniform_(A, a=math.sqrt(5))
+        if config.init_weights is False:
+            nn.init.normal_(B, std=0.1)
+            nn.init.normal_(h, std=0.1)
+        self.pera_A[adapter_name] = nn.Parameter(A)
+        self.pera_B[adapter_name] = nn.Parameter(B)
+        if config.terms != "linear":
+            self.pera_h[adapter_name] = nn.Parameter(h)
+        self._move_adapter_to_device_of_base_layer(adapter_name)
+        self.set_adapter(self.active_adapters)
+
+    def _factors(self, name: str) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+        h = self.pera_h[name] if name in self.pera_h else None
+        return self.pera_A[name], self.pera_B[name], h
+
+    def pera_view(self, adapter: str | None = None) -> AdapterView | None:
+        """One adapter as ``export_lora`` takes it; the active one if none is named."""
+        if adapter is None:
+            own = [name for name in self.active_adapters if name in self.pera_A]
+            if len(own) > 1:
+                raise ValueError(
+                    f"{len(own)} adapters are active ({', '.join(own)}): name one of them, or "
+                    "combine them by add_weighted_adapter"
+                )
+            adapter = own[0] if own else None
+        if adapter is None or adapter not in self.pera_A:
+            return None
+        A, B, h = self._factors(adapter)
+        return AdapterView(
+            A, B, h, self.scaling[adapter], self.terms[adapter], self.merged, self.fan_in_fan_out
+        )
+
+    # What transformers and diffusers call to weaken an adapter.
+    def set_scale(self, adapter: str, scale: float) -> None:
+        if adapter in self.scaling:
+            self.scaling[adapter] = scale * self.own_scaling[adapter]
+
+    def scale_layer(self, scale: float) -> None:
+        for adapter in self.active_adapters:
+            if adapter in self.scaling:
+                self.scaling[adapter] *= scale
+
+    def unscale_layer(self, scale: float | None = None) -> None:
+        for adapter in self.active_adapters:
+            if adapter in self.scaling:
+                if scale is None:
+                    self.scaling[adapter] = self.own_scaling[adapter]
+                else:
+                    self.scaling[adapter] /= scale
+
+    def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
+        return True
+
+    def get_delta_weight(self, adapter: str) -> torch.Tensor:
+        """s φ(B) diag(1, h) φ(A) as the base stores its weight; in at least float32."""
+        A, B, h = self._factors(adapter)
+        work = torch.promote_types(A.dtype, torch.float32)
+        delta = functional.delta_weight(
+            A.to(work),
+            B.to(work),
+            None if h is None else h.to(work),
+            scale=self.scaling[adapter],
+            terms=self.terms[adapter],
+        )
+        return delta.t() if self.fan_in_fan_out else delta
+
+    def _dense_weight(self) -> torch.Tensor:
+        base = self.get_base_layer()
+        weight = getattr(base, "weight", None)
+        if not (isinstance(base, nn.Linear) or is_conv1d(base)) or not (
+            type(weight) is nn.Parameter and weight.dtype in FLOATING
+        ):
+            raise TypeError(
+                f"merging needs a plain dense base; {type(base).__name__} with a weight of type "
+                f"{type(weight).__name__} is none: dequantize the base model first"
+            )
+        return weight
+
+    @torch.no_grad()
+    def merged_weight(self, adapter_names: Sequence[str], safe: bool) -> torch.Tensor:
+        """W0 with the updates of these adapters, summed in at least float32 and rounded once.
+
+        Raises:
+            TypeError: the base has no dense weight.
+            ValueError: with ``safe``, the result is not finite.
+        """
+        weight = self._dense_weight()
+        base = weight if self._merged_base is None else self._merged_base
+        total = base.to(torch.promote_types(base.dtype, torch.float32), copy=True)
+        for name in adapter_names:
+            total += self.get_delta_weight(name)
+        merged = total.to(weight.dtype)
+        if safe and not torch.isfinite(merged).all():
+            raise ValueError(
+                f"merging {', '.join(adapter_names)} would make weights infinite or NaN; the "
+                "weight is unchanged"
+            )
+        return merged
+
+    @torch.no_grad()
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """Fold adapters, by default the active ones, into the base weight.
+
+        Raises:
+            TypeError, ValueError: see :meth:`merged_weight`; nothing is changed.
+        """
+        names = check_adapters_to_merge(self, adapter_names)
+        names = [name for name in names or () if name in self.pera_A]
+        if not names:
+            return
+        merged = self.merged_weight([*self.merged_adapters, *names], safe_merge)
+        weight = self._dense_weight()
+        if self._merged_base is None:
+            self._merged_base = weight.detach().clone()
+        weight.copy_(merged)
+        self.merged_adapters.extend(names)
+
+    @torch.no_grad()
+    def unmerge(self) -> None:
+        """Put W0 back, bit for bit."""
+        if not self.merged:
+            warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
+            return
+        assert self._merged_base is not None
+        self._dense_weight().copy_(self._merged_base)
+        self._merged_base = None
+        self.merged_adapters.clear()
+
+    def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        by_sample = kwargs.pop("adapter_names", None)
+        if self.disable_adapters or by_sample is not None:
+            if self.merged:
+                if by_sample is not None:
+                    raise ValueError("adapter_names needs unmerged adapters: unmerge first")
+                self.unmerge()
+            y = self.base_layer(x, *args, **kwargs)
+            return y if by_sample is None else self._mixed(x, y, by_sample)
+        names = [name for name in self.active_adapters if name in self.pera_A]
+        if self.merged or not names:
+            return self.base_layer(x, *args, **kwargs)
+        weight, bias = self._plain_base() if not (args or kwargs) else (None, None)
+        y = None if weight is not None else self.base_layer(x, *args, **kwargs)
+        for name in names:
+            y = self._add(name, x, weight, bias, y)
+            weight = bias = None
+        assert y is not None
+        return y
+
+    def _plain_base(self) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+        """Weight ``(M, N)`` and bias of a base that does nothing else; (None, None) otherwise."""
+        base = self.base_layer
+        trains = any(p.requires_grad for p in base.parameters(recurse=False))
+        if is_plain_linear(base) and not trains:
+            return base.weight, base.bias  # type: ignore[return-value]
+        return None, None
+
+    def _add(
+        self,
+        name: str,
+        x: torch.Tensor,
+        weight: torch.Tensor | None,
+        bias: torch.Tensor | None,
+        y: torch.Tensor | None,
+    ) -> torch.Tensor:
+        """The base's output, made or given, and the update of one adapter."""
+        A, B, h = self._factors(name)
+        if y is not None and y.dtype != x.dtype:
+            x = x.to(y.dtype)
+        # PERA takes the dtype of x or float32 under half precision.
+        half = x.dtype in (torch.bfloat16, torch.float16)
+        if A.dtype != x.dtype and not (half and A.dtype == torch.float32):
+            A, B = A.to(x.dtype), B.to(x.dtype)
+            h = None if h is None else h.to(x.dtype)
+        functional.check_adapter(A, B, h, self.terms[name])
+        return functional.linear_or_update(
+            x,
+            weight,
+            bias,
+            y,
+            A,
+            B,
+            h,
+            self.scaling[name],
+            self.terms[name],
+            self.pera_dropout[name] if self.training else 0.0,
+            "auto",
+            "auto",
+        )
+
+    def _mixed(
+        self, x: torch.Tensor, y: torch.Tensor, adapter_names: Sequence[str]
+    ) -> torch.Tensor:
+        """Every sample of the batch under an adapter of its own, ``"__base__"`` for none."""
+        if len(adapter_names) != x.shape[0]:
+            raise ValueError(
+                f"adapter_names must have one name for each of the {x.shape[0]} samples of the "
+                f"batch; got {len(adapter_names)}"
+            )
+        parts = y.clone()
+        for name in dict.fromkeys(adapter_names):
+            if name == BASE or name not in self.pera_A:
+                continue
+            own = [i for i, other in enumerate(adapter_names) if other == name]
+            index = torch.tensor(own, device=x.device)
+            parts[index] = self._add(name, x[index], None, None, y[index]).to(parts.dtype)
+        return parts
+
+    def extra_repr(self) -> str:
+        return f"in_features={self.in_features}, out_features={self.out_features}"
+
+    def __repr__(self) -> str:
+        return "pera." + super().__repr__()

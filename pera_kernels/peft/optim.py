@@ -1,0 +1,34 @@
+"""Parameter groups of a PEFT model, for the coefficients' own learning rate."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+from pera_kernels.adapt import check_rate, grouped
+
+from .layer import PeraLayer
+
+__all__ = ["parameter_groups"]
+
+
+def parameter_groups(
+    model: nn.Module, lr: float, *, lr_h: float | None = None, weight_decay: float = 0.0
+) -> list[dict[str, Any]]:
+    """:func:`pera_kernels.parameter_groups` for a model with PEFT's PERA layers.
+
+        groups = parameter_groups(model, 1e-4, lr_h=1e-2)
+        Trainer(model, ..., optimizers=(torch.optim.AdamW(groups), None))
+
+    Raises:
+        ValueError: a rate that is negative or not finite, or no trainable adapter.
+    """
+    check_rate("lr", lr)
+    check_rate("weight_decay", weight_decay)
+    if lr_h is not None:
+        check_rate("lr_h", lr_h)
+    layers = [m for m in model.modules() if isinstance(m, PeraLayer)]
+    factors = [p for m in layers for own in (m.pera_A, m.pera_B) for p in own.values()]
+    hs = [p for m in layers for p in m.pera_h.values()]
+    return grouped(model, factors, hs, lr, lr if lr_h is None else lr_h, weight_decay)
