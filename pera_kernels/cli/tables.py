@@ -1,0 +1,53 @@
+"""Tables for people."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+__all__ = ["progress", "table"]
+
+
+def table(title: str, head: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
+    """Print a table; a column of numbers is set to the right."""
+    rich = _rich()
+    drawn = rich.table.Table(title=title, title_justify="left", box=rich.box.SIMPLE_HEAD)
+    for number, name in enumerate(head):
+        numeric = all(isinstance(row[number], (int, float)) for row in rows)
+        drawn.add_column(name, justify="right" if numeric else "left", overflow="fold")
+    for row in rows:
+        drawn.add_row(*(rich.markup.escape(_shown(cell)) for cell in row))
+    rich.console.Console().print(drawn)
+
+
+def _shown(cell: object) -> str:
+    if cell is None:
+        return "-"
+    return f"{cell:.4g}" if isinstance(cell, float) else str(cell)
+
+
+def progress(items: Any, what: str) -> Any:
+    """``items`` with a bar on the standard error, where that is a terminal."""
+    try:
+        from tqdm import tqdm
+    except ImportError as error:
+        raise _missing("tqdm") from error
+    return tqdm(items, desc=what, disable=None)
+
+
+def _rich() -> Any:
+    try:
+        import rich
+        import rich.box
+        import rich.console
+        import rich.markup
+        import rich.table
+    except ImportError as error:
+        raise _missing("rich") from error
+    return rich
+
+
+def _missing(package: str) -> ImportError:
+    return ImportError(
+        f'this needs the {package} package: pip install "pera_kernels[cli]", or use --json'
+    )
