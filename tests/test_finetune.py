@@ -13,6 +13,7 @@ pytest.importorskip("rich", reason="the tools need rich")
 pytest.importorskip("tqdm", reason="the tools need tqdm")
 
 import pera_kernels as pk
+from pera_kernels.checkpoint import read_adapter
 from tools.finetune import __main__ as program
 from tools.finetune import data, measure, report, train
 from tools.finetune.model import TARGET_MODULES, ByteTransformer
@@ -99,9 +100,9 @@ def test_methods_start_from_the_same_factors_and_count_their_parameters():
         "pera_full_common_lr",
     ]
     started = {key: train.Adaptation(base, methods[key], SETTINGS) for key in methods}
-    reference = started["lora"].tensors()
+    reference = pk.adapter_state_dict(started["lora"].model)
     for key in ("pera_square", "pera_full"):
-        tensors = started[key].tensors()
+        tensors = pk.adapter_state_dict(started[key].model)
         for name, tensor in reference.items():
             assert torch.equal(tensor, tensors[name]), f"{key} starts from another {name}"
         assert all(not tensors[name].any() for name in tensors if name.endswith(("_B", "_h")))
@@ -152,8 +153,8 @@ def test_program_writes_results_adapters_plot_and_markdown(tmp_path, small_corpo
         assert len(run["loss"]) == len(run["step_ms"]) == 4
         assert run["held_out"][0] == [0, pytest.approx(run["held_out"][0][1])]
         assert run["held_out"][-1] == [4, run["metrics"]["held_out_bits_per_byte"]]
-        tensors = torch.load(tmp_path / f"adapter_{run['key']}.pt", weights_only=True)
-        size = sum(tensor.numel() for tensor in tensors.values())
+        adapter = read_adapter(tmp_path / f"adapter_{run['key']}")
+        size = sum(t.numel() for own in adapter.tensors.values() for t in own.values())
         assert size == run["metrics"]["trainable_parameters"]
     # B = 0 at the start: every method begins as the base model, and learns from the same bytes.
     assert len({run["held_out"][0][1] for run in results["methods"]}) == 1
@@ -208,7 +209,7 @@ def test_sigterm_keeps_what_there_is(tmp_path, small_corpora, monkeypatch, capsy
     assert results["status"] == "interrupted"
     assert [run["status"] for run in results["methods"]] == ["finished", "interrupted"]
     assert len(results["methods"][1]["loss"]) == 2
-    assert torch.load(tmp_path / "adapter_lora_matched.pt", weights_only=True)
+    assert read_adapter(tmp_path / "adapter_lora_matched").tensors
     assert "(interrupted)" in report.markdown_table(results)
 
 

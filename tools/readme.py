@@ -1,4 +1,4 @@
-"""Write the measured parts of the READMEs from the committed result files.
+"""Write the generated parts of the READMEs and of docs/ from the committed result files.
 
 python -m tools.readme            rewrite them, and the plots of the benchmarks
 python -m tools.readme --check    exit status 1 if a README would change
@@ -28,6 +28,24 @@ def finetune() -> str:
     return markdown_table(json.loads((RESULTS / "finetune" / "results.json").read_text()))
 
 
+def lora_ranks() -> str:
+    """Rank, expanded rank, what is exported, and vLLM's bucket."""
+    from pera_kernels.export import vllm_max_lora_rank
+    from pera_kernels.terms import TERMS, expanded_rank
+
+    head = ["r", *(f'K, terms="{terms}"' for terms in TERMS), "K′ (full)", "vLLM --max-lora-rank"]
+    lines = [f"| {' | '.join(head)} |", f"|{'---:|' * len(head)}"]
+    for r in (2, 4, 8, 12, 16, 20, 24, 28, 32, 64):
+        Ks = [expanded_rank(r, terms) for terms in TERMS]  # type: ignore[arg-type]
+        padded = -(-Ks[0] // 16) * 16
+        cells = [r, *Ks, padded, vllm_max_lora_rank(padded) or "none"]
+        lines.append(f"| {' | '.join(map(str, cells))} |")
+    return "\n".join(lines)
+
+
+DOCS: dict[Path, dict[str, Callable[[], str]]] = {
+    ROOT / "docs" / "serving.md": {"ranks": lora_ranks}
+}
 PARTS: dict[str, Callable[[], str]] = {"finetune": finetune}
 
 
@@ -45,14 +63,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--check", action="store_true", help="change nothing, report a difference")
     arguments = parser.parse_args(argv)
     benchmarks_differ = report.main(["--check"] if arguments.check else [])
-    old = README.read_text()
-    new = render(old)
-    if arguments.check:
-        if new != old:
-            print("README.md is not what the result files say: run python -m tools.readme")
-        return int(new != old or benchmarks_differ)
-    README.write_text(new)
-    return 0
+    written = {README: render(README.read_text())}
+    for path, parts in DOCS.items():
+        written[path] = marked.render(path.read_text(), parts, path.name)
+    changed = {path: text for path, text in written.items() if text != path.read_text()}
+    if not arguments.check:
+        for path, text in changed.items():
+            path.write_text(text)
+        return 0
+    for path in changed:
+        print(f"{path.name} is not what the result files say: run python -m tools.readme")
+    return int(bool(changed) or benchmarks_differ)
 
 
 if __name__ == "__main__":

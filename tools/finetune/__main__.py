@@ -142,7 +142,7 @@ def build_parser() -> OneLineParser:
         "--out",
         type=Path,
         default=Path("finetune_out"),
-        help="folder for results.json, loss.png and adapter_*.pt (default: %(default)s)",
+        help="folder for results.json, loss.png, base.pt and adapter_*/ (default: %(default)s)",
     )
     return parser
 

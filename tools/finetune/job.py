@@ -6,6 +6,7 @@ from pathlib import Path
 
 import torch
 
+import pera_kernels as pk
 from tools.finetune.data import Corpora, as_tokens, consecutive_windows
 from tools.finetune.measure import environment
 from tools.finetune.report import Results, plot_losses, write_results
@@ -57,10 +58,16 @@ class Job:
         }
 
     def save(self) -> None:
-        """Writes results.json, and the adapter that was trained last."""
+        """Writes results.json, the base model, and the adapter that was trained last."""
         if self.adaptations:
             adaptation = self.adaptations[-1]
-            torch.save(adaptation.tensors(), self.out / f"adapter_{adaptation.method.key}.pt")
+            pk.save_adapter(
+                adaptation.model,
+                self.out / f"adapter_{adaptation.method.key}",
+                base_model="base.pt beside this folder",
+            )
+            if len(self.adaptations) == 1:
+                torch.save(self.pretraining.model.state_dict(), self.out / "base.pt")
         write_results(self.results(), self.out / "results.json")
 
     def plot(self) -> None:

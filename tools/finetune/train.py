@@ -213,11 +213,3 @@ class Adaptation:
         metrics["quadratic_share"] = statistics.fmean(shares)
         metrics.update(merge_check(self.model, held_out))
         self.run.status = "finished"
-
-    def tensors(self) -> dict[str, Tensor]:
-        """The trainable tensors by their names in the model's state dict, on the CPU."""
-        return {
-            name: parameter.detach().cpu()
-            for name, parameter in self.model.named_parameters()
-            if parameter.requires_grad
-        }

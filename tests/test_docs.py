@@ -1,0 +1,57 @@
+"""The pages in docs/: their code runs, their tables are current, every "yes" has its test."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+from tools import marked, readme
+
+DOCS = readme.ROOT / "docs"
+PAGES = sorted(DOCS.glob("*.md"))
+
+
+def blocks(page):
+    return re.findall(r"```python\n(.*?)```", page.read_text(), re.DOTALL)
+
+
+@pytest.mark.parametrize("page", [p for p in PAGES if blocks(p)], ids=lambda p: p.name)
+def test_its_code_runs(page, tmp_path, monkeypatch):
+    pytest.importorskip("safetensors")
+    if page.name == "peft.md":
+        pytest.importorskip("peft")
+        pytest.importorskip("transformers")
+    monkeypatch.chdir(tmp_path)
+    names = {"__name__": page.name}
+    for code in blocks(page):
+        exec(compile(code, page.name, "exec"), names)
+    assert list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("path", readme.DOCS, ids=lambda path: path.name)
+def test_generated_parts_are_current(path):
+    text = path.read_text()
+    assert marked.render(text, readme.DOCS[path], path.name) == text
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
+def test_links(page):
+    for target in re.findall(r"\]\(((?!http)[^)]+)\)", page.read_text()):
+        assert (page.parent / target).exists(), target
+
+
+def features():
+    lines = (DOCS / "features.md").read_text().splitlines()
+    rows = [line.strip("| ").split(" | ") for line in lines if line.startswith("| ")]
+    return {row[0]: row for row in rows[1:]}
+
+
+@pytest.mark.parametrize("name", features())
+def test_every_feature_has_its_test(name):
+    row = features()[name]
+    assert len(row) == 5 and row[1] in ("yes", "no")
+    tests = re.findall(r"`(tests/\w+\.py)(?:::(\w+))?`", row[4])
+    assert tests
+    for path, function in tests:
+        source = (readme.ROOT / Path(path)).read_text()
+        assert f"def {function}(" in source if function else "def test_" in source, row[4]
