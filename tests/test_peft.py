@@ -629,3 +629,20 @@ def test_export_names_one_of_several():
     model.base_model.set_adapter(["default", "other"])
     with pytest.raises(ValueError, match="2 adapters are active"):
         pk.export_lora(model, "nowhere")
+
+
+def test_bitwise_logits_of_the_exported_adapter(tmp_path):
+    """float32 and exact_scale: plain PEFT computes what the specification does."""
+    model = pk.inject(llama(), ["q_proj", "v_proj", "up_proj"], 8, alpha=3.0, backend="reference")
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for p in pk.adapter_parameters(model):
+            p.normal_(std=0.2)
+    pk.export_lora(model, tmp_path, exact_scale=True, quiet=True)
+    loaded = peft.PeftModel.from_pretrained(llama(), tmp_path).eval()
+    assert torch.equal(logits(loaded), logits(model.eval()))
+
+
+def test_parameters_are_no_targets():
+    with pytest.raises(TypeError, match="target_parameters"):
+        config(target_parameters=["experts.gate_up_proj"])
