@@ -23,6 +23,7 @@ from .kernels.expand import expand_kernel
 from .kernels.project import project_kernel
 from .kernels.reduce import sum_partials_kernel
 from .terms import Terms, coefficient_count, expanded_rank, lane_count
+from .triton_cache import run
 
 __all__ = [
     "Dropout",
@@ -207,8 +208,12 @@ def sum_partials(jobs: Sequence[Sum]) -> None:
     for number, job in itertools.zip_longest(range(3), jobs):
         arguments |= _sum_arguments(f"_{number}", job)
     most = max(job.numel for job in jobs)
-    sum_partials_kernel[(_blocks(most, SUM_BLOCKS["BLOCK_S"]), len(jobs))](
-        **arguments, JOBS=len(jobs), **SUM_BLOCKS
+    run(
+        sum_partials_kernel,
+        (_blocks(most, SUM_BLOCKS["BLOCK_S"]), len(jobs)),
+        **arguments,
+        JOBS=len(jobs),
+        **SUM_BLOCKS,
     )
 
 
@@ -242,7 +247,9 @@ def expand(
         }
     if pending is not None:
         blocks.append(_blocks(pending.numel, SUM_BLOCKS["BLOCK_S"]))
-    expand_kernel[(max(blocks), len(blocks))](
+    run(
+        expand_kernel,
+        (max(blocks), len(blocks)),
         **arguments,
         **_sum_arguments("", pending),
         R=first.r,
@@ -284,7 +291,9 @@ def project(
     splits, n_per_split = configs.split(N, wanted, 2 * tile.block_n)
     partial = None if splits == 1 else x.new_empty((splits, T, lanes), dtype=torch.float32)
     target = out if partial is None else partial
-    project_kernel[(tiles, splits)](
+    run(
+        project_kernel,
+        (tiles, splits),
         x_ptr=x,
         f_ptr=rows,
         u_ptr=target,
@@ -329,7 +338,9 @@ def accumulate(
     block_t, block_k = configs.shrink(tile.block_t, T), configs.shrink(tile.block_k, lanes)
     blocks_t = _blocks(T, block_t)
     block_m = configs.narrow(tile.block_n, M, configs.processor_count(u.device) // blocks_t)
-    accumulate_kernel[(blocks_t * _blocks(M, block_m),)](
+    run(
+        accumulate_kernel,
+        (blocks_t * _blocks(M, block_m),),
         base_ptr=base,
         u_ptr=u,
         phi_ptr=phi.rows,
@@ -442,7 +453,9 @@ def contract(
     if dh is not None:
         dh_out = dh.new_empty((splits_t * blocks_n, coefficients), dtype=torch.float32)
         sums.append(Sum(dh_out, dh, coefficients, 0))
-    contract_kernel[(blocks_n, parts)](
+    run(
+        contract_kernel,
+        (blocks_n, parts),
         left_ptr=left,
         x_ptr=x,
         f_ptr=rows,
@@ -488,7 +501,9 @@ def compose(
     (lanes, N), M = phi_a.rows.shape, phi_b.rows.shape[1]
     w = phi_a.rows.new_empty(M, N)
     tile = configs.tile_for("compose", w.device, dtype, dtype)
-    compose_kernel[(_blocks(M, tile.block_t) * _blocks(N, tile.block_n),)](
+    run(
+        compose_kernel,
+        (_blocks(M, tile.block_t) * _blocks(N, tile.block_n),),
         base_ptr=base,
         phi_b_ptr=phi_b.rows,
         phi_a_ptr=phi_a.rows,

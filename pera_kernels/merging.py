@@ -99,13 +99,18 @@ def merge(
     :meth:`PeraLinear.merge`.
 
     Layers that are merged already stay so. ``progress`` wraps what is iterated over, as ``tqdm``
-    does.
+    does. Without ``keep_base`` a merge that runs out of memory half-way is undone up to rounding.
 
     Raises:
         TypeError: a base is not a plain dense linear layer (a quantized one, for example).
         ValueError: the model has no adapter, a merged weight would not be finite, or a weight is
             shared with another module. In every case the model is unchanged.
     """
+    _merge(model, safe, keep_base, progress)
+    return model
+
+
+def _merge(model: nn.Module, safe: bool, keep_base: bool, progress: Progress) -> None:
     waiting = {n: layer for n, layer in _mergeable(model).items() if not layer.merged}
     if not keep_base and safe:
         # Nothing to go back to later: every sum is looked at before the first is written.
@@ -122,7 +127,6 @@ def merge(
         for layer in done:
             layer.unmerge()
         raise
-    return model
 
 
 @contextlib.contextmanager
@@ -142,8 +146,17 @@ def unmerge(model: ModelT) -> ModelT:
     layers = adapted_modules(model)
     if not layers:
         raise ValueError(f"model has no adapter to unmerge; got {type(model).__name__}")
-    for layer in layers.values():
-        layer.unmerge()
+    done: list[tuple[PeraLinear, bool]] = []
+    try:
+        for layer in layers.values():
+            if layer.merged:
+                kept = layer.merged_base is not None
+                layer.unmerge()
+                done.append((layer, kept))
+    except BaseException:
+        for layer, kept in done:
+            layer.merge(safe=False, keep_base=kept)
+        raise
     return model
 
 
@@ -179,14 +192,12 @@ def unload(model: ModelT, *, merge: bool = True, progress: Progress = iter) -> M
         raise ValueError(f"model has no adapter to unload; got {type(model).__name__}")
     if isinstance(model, PeraLinear):
         raise ValueError("model is itself a PeraLinear, which cannot be replaced in place")
+    # Made first: what can fail comes before the first change.
+    plain = {id(layer): _plain(layer) for layer in layers.values()}
     if merge:
-        _merge(model, keep_base=False, progress=progress)
+        _merge(model, safe=True, keep_base=False, progress=progress)
     else:
         unmerge(model)
-    plain = {id(layer): _plain(layer) for layer in layers.values()}
     for name, parent, layer in named_places(model, layers.values()):
         setattr(parent, name.rpartition(".")[2], plain[id(layer)])
     return model
-
-
-_merge = merge

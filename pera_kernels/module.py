@@ -345,9 +345,9 @@ class PeraLinear(nn.Module):
         if self.merged:
             return
         merged = self.merged_weight(safe)
-        self.merged_base = self.weight.detach().clone() if keep_base else None
+        base = self.weight.detach().clone() if keep_base else None
         self.weight.copy_(merged)
-        self.merged = True
+        self.merged_base, self.merged = base, True
 
     @torch.no_grad()
     def unmerge(self) -> None:
