@@ -114,7 +114,7 @@ BAD_USE = {
     ),
     "filled": (["export-lora", "{adapter}", "{adapter}"], "not an empty folder"),
     "filled merge": (["merge", "{tmp}", "{adapter}", "{adapter}"], "not an empty folder"),
-    "no base": (["merge", "{tmp}/none", "{adapter}", "{tmp}/o"], "none"),
+    "no base": (["merge", "{tmp}/none", "{adapter}", "{tmp}/o"], "there is no folder"),
 }
 
 

@@ -89,17 +89,19 @@ print(p.name, f"sm_{p.major}{p.minor}", p.multi_processor_count, "multiprocessor
 
 check() {
     step environment 30 python3 -c "$environment"
-    step tests 150 python3 -m pytest -q tests/test_cuda.py tests/test_autograd.py \
+    step tests 130 python3 -m pytest -q tests/test_cuda.py tests/test_autograd.py \
         tests/test_dropout.py tests/test_numerics.py -k "not test_torch_backend" \
         -p no:cacheprovider
-    step verify 200 python3 -m tools.verify --device cuda
+    step verify 160 python3 -m tools.verify --device cuda
+    step guarded 60 python3 -m pytest -q tests/test_guarded_memory.py tests/test_determinism.py \
+        tests/test_faults.py -k gpu -p no:cacheprovider
     if ! command -v compute-sanitizer >/dev/null; then
-        note "absent  compute-sanitizer: memcheck and racecheck not run"
+        note "absent  compute-sanitizer: memcheck, racecheck, initcheck not run"
         return
     fi
     local tool
-    for tool in memcheck racecheck; do
-        step "$tool" 60 compute-sanitizer --tool "$tool" --error-exitcode 9 \
+    for tool in memcheck racecheck initcheck; do
+        step "$tool" 45 compute-sanitizer --tool "$tool" --error-exitcode 9 \
             python3 -m tools.verify --device cuda --backend triton --terms full --ranks 3 \
             --dtypes bfloat16 --shapes 33x70x50 --jobs 0
     done

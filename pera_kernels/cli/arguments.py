@@ -102,7 +102,7 @@ def build(commands: Mapping[str, Callable[[argparse.Namespace], int]]) -> Parser
     json_switch(own)
 
     own = command("merge", "Merge an adapter into a transformers model and write that.")
-    own.add_argument("base", metavar="BASE", help="folder (or name) of the base model")
+    own.add_argument("base", metavar="BASE", help="folder of the base model")
     own.add_argument("adapter", metavar="ADAPTER", help="folder of save_adapter or of PEFT")
     own.add_argument("out", metavar="OUT", help="folder to write; must be empty or missing")
     own.add_argument("--dtype", type=_dtype, help=f"{', '.join(DTYPES)} (that of the base)")

@@ -13,7 +13,7 @@ from .. import merging
 from ..checkpoint import place, read_adapter
 from ..export import AdapterView, LoraExport, export_views
 from . import describe
-from .tables import progress, table
+from .tables import progress, shown, table
 
 __all__ = ["COMMANDS"]
 
@@ -41,21 +41,32 @@ def inspect(given: argparse.Namespace) -> int:
     if given.json:
         _print_json(found)
         return 0
+    modules = found["modules"].values()
     keys = {
+        "in_features": "in",
+        "out_features": "out",
         "r": "r",
         "terms": "terms",
         "expanded_rank": "K",
         "scale": "scale",
-        "in_features": "in",
-        "out_features": "out",
+        "dropout": "dropout",
         "dtype": "dtype",
         "zero_coefficients": "h = 0",
         "delta_norm": "‖ΔW‖",
-        "quadratic_share": "quadratic share",
+        "quadratic_share": "quadratic",
     }
-    rows = [[name, *(own[key] for key in keys)] for name, own in found["modules"].items()]
-    table(found["path"], ["module", *keys.values()], rows)
+    # What all modules have in common is said once.
+    common = {
+        key: next(iter(modules))[key]
+        for key in keys
+        if key not in ("delta_norm", "quadratic_share") and len({own[key] for own in modules}) == 1
+    }
+    told = [key for key in keys if key not in common]
+    rows = [[name, *(own[key] for key in told)] for name, own in found["modules"].items()]
+    table(found["path"], ["module", *(keys[key] for key in told)], rows)
     vllm = found["vllm_max_lora_rank"]
+    if common:
+        print("All: " + ", ".join(f"{keys[key]} {shown(value)}" for key, value in common.items()))
     print(
         f"{found['parameters']:,} parameters in {len(rows)} modules"
         + (f", for {found['base_model']}" if found["base_model"] else "")
@@ -120,17 +131,21 @@ def merge(given: argparse.Namespace) -> int:
         raise ImportError(
             'merge needs the transformers package: pip install "pera_kernels[cli]"'
         ) from error
-    out = Path(given.out)
+    base, out = Path(given.base), Path(given.out)
+    if not base.is_dir():
+        raise ValueError(f"there is no folder {base}")
     _refuse_filled(out)
     read = read_adapter(given.adapter)
-    config = transformers.AutoConfig.from_pretrained(given.base)
+    config = transformers.AutoConfig.from_pretrained(base, local_files_only=True)
     names = [n for n in getattr(config, "architectures", None) or () if hasattr(transformers, n)]
     if not names:
         raise ValueError(
-            f"{given.base} names no architecture that transformers has: "
+            f"{base} names no architecture that transformers has: "
             f"{getattr(config, 'architectures', None)}"
         )
-    model = getattr(transformers, names[0]).from_pretrained(given.base, dtype=given.dtype or "auto")
+    model = getattr(transformers, names[0]).from_pretrained(
+        base, dtype=given.dtype or "auto", local_files_only=True
+    )
     place(model, read, strict=True, overwrite=False, backend="auto")
     merging.unload(model, progress=lambda items: progress(items, "merging"))
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -138,12 +153,10 @@ def merge(given: argparse.Namespace) -> int:
     new = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
     try:
         model.save_pretrained(new)
-        base = Path(given.base)
-        if base.is_dir():
-            for file in base.iterdir():
-                weights = any(file.match(pattern) for pattern in _WEIGHTS)
-                if file.is_file() and not weights and not (new / file.name).exists():
-                    shutil.copy2(file, new / file.name)
+        for file in base.iterdir():
+            weights = any(file.match(pattern) for pattern in _WEIGHTS)
+            if file.is_file() and not weights and not (new / file.name).exists():
+                shutil.copy2(file, new / file.name)
         new.chmod(0o755)
         if out.exists():
             out.rmdir()

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from typing import Any
 
-__all__ = ["progress", "table"]
+__all__ = ["progress", "shown", "table"]
 
 
 def table(title: str, head: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
@@ -14,16 +15,18 @@ def table(title: str, head: Sequence[str], rows: Sequence[Sequence[object]]) -> 
     drawn = rich.table.Table(title=title, title_justify="left", box=rich.box.SIMPLE_HEAD)
     for number, name in enumerate(head):
         numeric = all(isinstance(row[number], (int, float)) for row in rows)
-        drawn.add_column(name, justify="right" if numeric else "left", overflow="fold")
+        drawn.add_column(name, justify="right" if numeric else "left", no_wrap=number == 0)
     for row in rows:
-        drawn.add_row(*(rich.markup.escape(_shown(cell)) for cell in row))
-    rich.console.Console().print(drawn)
+        drawn.add_row(*(rich.markup.escape(shown(cell)) for cell in row))
+    # Where nobody sets a width, as in a pipe, nothing is folded.
+    width = None if sys.stdout.isatty() else 200
+    rich.console.Console(width=width).print(drawn)
 
 
-def _shown(cell: object) -> str:
+def shown(cell: object) -> str:
     if cell is None:
         return "-"
-    return f"{cell:.4g}" if isinstance(cell, float) else str(cell)
+    return f"{cell:.3g}" if isinstance(cell, float) else str(cell)
 
 
 def progress(items: Any, what: str) -> Any:
