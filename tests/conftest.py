@@ -1,5 +1,7 @@
 """Where there is no GPU the Triton kernels run in Triton's interpreter, on CPU tensors."""
 
+import datetime
+import json
 import os
 
 import torch
@@ -12,6 +14,29 @@ if not HAS_GPU:
 import pytest  # noqa: E402
 
 from pera_kernels.backends import unavailable  # noqa: E402
+
+
+def pytest_addoption(parser):
+    parser.addoption(
+        "--record", metavar="FILE", help="append what tests counted, as the promises page shows it"
+    )
+
+
+@pytest.fixture
+def record(request):
+    """Append figures of this test to the file of ``--record``."""
+    path = request.config.getoption("--record")
+
+    def append(**figures):
+        if path is None:
+            return
+        test = request.node.nodeid.rpartition("/")[2]
+        row = {"test": test, **figures, "torch": torch.__version__}
+        row["date"] = datetime.date.today().isoformat()
+        with open(path, "a", encoding="utf-8") as file:
+            file.write(json.dumps(row) + "\n")
+
+    return append
 
 
 @pytest.fixture(scope="session")
