@@ -215,7 +215,8 @@ def delta_forward(
 ) -> torch.Tensor:
     """ΔW ``(M, N)`` in the dtype of A."""
     c = coefficients(h, A.shape[0], 1.0, terms)
-    return (expand(B.t(), terms, A.dtype, c).t() @ expand(A, terms, A.dtype)).mul_(scale)
+    # Not in place: torch 2.8 refuses to trace that for what a Function returns.
+    return (expand(B.t(), terms, A.dtype, c).t() @ expand(A, terms, A.dtype)) * scale
 
 
 def delta_backward(

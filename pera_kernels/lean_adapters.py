@@ -43,11 +43,10 @@ class Adapters(NamedTuple):
     terms: Terms
     dropout_p: float
 
-    @property
+    # Methods, not properties: torch 2.8 cannot trace a property of a named tuple.
     def R(self) -> int:
         return self.As[0].shape[0]
 
-    @property
     def keep_scale(self) -> float:
         return 1.0 / (1.0 - self.dropout_p)
 
@@ -61,7 +60,7 @@ class Adapters(NamedTuple):
         """Of member g; ``folded`` and float16 have the coefficients in φ(B), the former times s."""
         A, B, h = self.As[g], self.Bs[g], self.hs[g]
         half = dtype == torch.float16
-        c = coefficients(h, self.R, 1.0 if half else self.scale, self.terms)
+        c = coefficients(h, self.R(), 1.0 if half else self.scale, self.terms)
         phi_A = expand(A, self.terms, dtype)
         if c is not None and (folded or half):
             return Expansions(phi_A, expand(B.t(), self.terms, dtype, c), None)
@@ -90,12 +89,12 @@ class Adapters(NamedTuple):
         return (
             partial(expand, A, self.terms, dtype),
             partial(expand, B.t(), self.terms, dtype),
-            coefficients(h, self.R, 1.0 if half else self.scale, self.terms),
+            coefficients(h, self.R(), 1.0 if half else self.scale, self.terms),
         )
 
     def weights(self, scale: float) -> list[torch.Tensor | None]:
         """s (1, h) ``(K,)`` of each, in circular order."""
-        return [coefficients(h, self.R, scale, self.terms) for h in self.hs]
+        return [coefficients(h, self.R(), scale, self.terms) for h in self.hs]
 
     def linear(self) -> Adapters:
         """These adapters without their pairs."""
@@ -115,7 +114,7 @@ def _without_expansions(x: torch.Tensor, adapters: Adapters) -> bool:
         x.device.type == "cpu"
         and not torch.compiler.is_compiling()
         and 0 < x.shape[0] <= SINGLE_TOKENS
-        and adapters.R >= GRAM_RANK
+        and adapters.R() >= GRAM_RANK
         and adapters.terms in ("full", "cross")
         and x.dtype != torch.float16
     )
@@ -125,11 +124,11 @@ def _update_few(x: torch.Tensor, adapters: Adapters, g: int) -> torch.Tensor:
     """What member g adds to y, in at least float32."""
     A, B, terms = adapters.As[g], adapters.Bs[g], adapters.terms
     work = work_dtype(A.dtype)
-    c = coefficients(adapters.hs[g], adapters.R, adapters.scale, terms)
+    c = coefficients(adapters.hs[g], adapters.R(), adapters.scale, terms)
     assert c is not None
     weighted = lean_few.project(x.to(work), A.to(work), terms).mul_(c)
     if adapters.dropout_p > 0.0:
-        weighted.mul_(adapters.keep_scale)
+        weighted.mul_(adapters.keep_scale())
     rows = B.t().to(work).contiguous()
     return lean_few.update(lean_few.spread(weighted, rows, terms), weighted, rows)
 
@@ -194,7 +193,7 @@ def add_update(
         own = adapters.kept_expansions(g, x.dtype, folded)
         u = x @ own.phi_A.t()
         if adapters.dropout_p > 0.0:
-            u.mul_(adapters.keep_scale)
+            u.mul_(adapters.keep_scale())
         if x.dtype != y.dtype:
             y.add_(u @ own.phi_B, alpha=1.0 if adapters.hs[g] is not None else adapters.scale)
         elif folded and adapters.hs[g] is not None and x.dtype != torch.float16:
@@ -220,10 +219,15 @@ def add_gradients(
     need_A = any(needs[0::3])
     # As the forward decided: its u shows it.
     if not any(needs[2::3]) and (
-        u.shape[1] == G * adapters.R if u is not None else not in_phi and _all_zero(adapters.hs)
+        u.shape[1] == G * adapters.R() if u is not None else not in_phi and _all_zero(adapters.hs)
     ):
         adapters = adapters.linear()
-    terms, R, scale, keep_scale = adapters.terms, adapters.R, adapters.scale, adapters.keep_scale
+    terms, R, scale, keep_scale = (
+        adapters.terms,
+        adapters.R(),
+        adapters.scale,
+        adapters.keep_scale(),
+    )
     x = None if x is None else adapters.dropped(x)
     if (
         not torch.compiler.is_compiling()
@@ -290,7 +294,7 @@ def _add_gradients_few(
     work, terms, G = work_dtype(adapters.As[0].dtype), adapters.terms, len(dys)
     z = None if x is None else x.to(work).contiguous()
     if z is not None and adapters.dropout_p > 0.0:
-        z = z * adapters.keep_scale
+        z = z * adapters.keep_scale()
     us = [None] * G if u is None else u.tensor_split(G, 1)
     gradients: list[torch.Tensor | None] = [None] * (3 * G)
     for g, c in enumerate(adapters.weights(adapters.scale)):
@@ -307,7 +311,7 @@ def _add_gradients_few(
         if need_h:
             assert own is not None and h is not None
             gradients[3 * g + 2] = coefficient_gradient(
-                own, v, h, adapters.R, adapters.scale, terms
+                own, v, h, adapters.R(), adapters.scale, terms
             )
         if need_x or need_A:
             weighted = v * c
@@ -315,7 +319,7 @@ def _add_gradients_few(
         if need_x:
             part = lean_few.update(spread, weighted, A_rows)
             if adapters.dropout_p > 0.0:
-                part = adapters.dropped(part.mul_(adapters.keep_scale))
+                part = adapters.dropped(part.mul_(adapters.keep_scale()))
             dx = part.to(dys[g].dtype) if dx is None else dx.add_(part)
         if need_A:
             assert z is not None

@@ -69,7 +69,7 @@ def lanes(R: int, terms: Terms, device: torch.device) -> Lanes:
             [row[pair] for pair in kept],
         )
         index = [torch.tensor(own, dtype=torch.int64, device=device) for own in values]
-        found = Lanes._make([*index, torch.ones(1, device=device)])
+        found = Lanes(*index, torch.ones(1, device=device))  # type: ignore[call-arg]
         if not torch.compiler.is_compiling():
             _lane_cache[key] = found
     return found
