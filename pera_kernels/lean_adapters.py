@@ -16,7 +16,14 @@ import torch
 from . import lean_few
 from .dropout import keep_mask
 from .lean_cache import Expansions, lookup, readable
-from .lean_factors import coefficient_gradient, coefficients, contract, expand, work_dtype
+from .lean_factors import (
+    coefficient_gradient,
+    coefficient_gradient_of,
+    coefficients,
+    contract,
+    expand,
+    work_dtype,
+)
 from .terms import Terms
 
 __all__ = ["Adapters", "add_gradients", "add_update"]
@@ -25,6 +32,8 @@ Expand = Callable[[], torch.Tensor]
 
 # Up to so many tokens, and no more than R, the pairs' gradients come from Gram matrices.
 FEW_TOKENS = 16
+# Products of so few rows or columns are formed apart from what they are added to.
+FEW_ROWS = 24
 # A CPU's products in bfloat16 have a fixed cost: up to so many tokens float32 is faster.
 SINGLE_TOKENS = 4
 # For so few tokens expansions of at least this rank, even kept ones, take longer to read than Gram
@@ -166,6 +175,9 @@ def _add_product(
     """out + weighted φ, in place. float16 rounds the product, then s times it, as the reference."""
     if out.dtype == torch.float16:
         return out.add_((weighted @ phi).mul_(scale))
+    # A product of few rows or columns is summed term by term: not onto what may be far larger.
+    if out.dtype != torch.bfloat16 and min(out.shape) <= FEW_ROWS:
+        return out.add_(weighted @ phi)
     return out.addmm_(weighted, phi)
 
 
@@ -197,7 +209,7 @@ def add_update(
         if x.dtype != y.dtype:
             y.add_(u @ own.phi_B, alpha=1.0 if adapters.hs[g] is not None else adapters.scale)
         elif folded and adapters.hs[g] is not None and x.dtype != torch.float16:
-            y.addmm_(u, own.phi_B)
+            _add_product(y, u, own.phi_B, 1.0)
         else:
             _add_product(y, _weighted(u, own.c, adapters.scale), own.phi_B, adapters.scale)
         us.append(u)
@@ -236,6 +248,9 @@ def add_gradients(
         and not in_phi
     ):
         return _add_gradients_few(dys, x, u, dx, adapters, need_x, needs)
+    if in_phi:
+        # As autograd does to the reference: what is small is scaled before it is rounded again.
+        dys, scale = [dy * scale for dy in dys], 1.0
     gradients: list[torch.Tensor | None] = [None] * (3 * G)
     us = [None] * G if u is None else u.tensor_split(G, 1)
     # The coefficients that φ(A)ᵀ and the contraction take: those of float16.
@@ -251,14 +266,17 @@ def add_gradients(
         if u is None and (need_B or need_h):
             assert x is not None
             u = (x @ phi_A().t()).mul_(keep_scale)
-        if need_B:
+        if need_B or (need_h and in_phi):
             assert u is not None
             dphi = _weighted(u, c, scale).t() @ dy
-            dphi = dphi.mul_(scale) if in_phi else dphi
+        if need_B:
             gradients[3 * g + 1] = contract(dphi, B.t(), terms, phi_cs[g]).t().contiguous()
-        if need_x or need_A or need_h:
+        if need_h and in_phi:
+            assert h is not None
+            gradients[3 * g + 2] = coefficient_gradient_of(dphi, B.t(), h, terms)
+        if need_x or need_A or (need_h and not in_phi):
             v = dy @ phi_B().t()
-        if need_h:
+        if need_h and not in_phi:
             assert u is not None and h is not None
             gradients[3 * g + 2] = coefficient_gradient(u, v, h, R, scale, terms)
         if need_x or need_A:
@@ -271,12 +289,11 @@ def add_gradients(
                 _add_product(dx, vs[-1], weighted_phi_A, scale)
             else:
                 part = vs[-1] @ weighted_phi_A
-                part = adapters.dropped(part.mul_(scale) if in_phi else part)
+                part = adapters.dropped(part)
                 dx = part if dx is None else dx.add_(part)
     if need_A:
         assert x is not None
         dphi = _side_by_side(vs).t() @ x
-        dphi = dphi.mul_(scale) if in_phi else dphi
         for g, (own, A) in enumerate(zip(dphi.tensor_split(G), adapters.As, strict=True)):
             gradients[3 * g] = contract(own, A, terms, phi_cs[g])
     return dx, gradients

@@ -67,7 +67,8 @@ def _bits(tensor: torch.Tensor) -> torch.Tensor:
     """The same memory as int64 where that is possible: several times faster to compare."""
     size = tensor.element_size()
     if (
-        tensor.is_contiguous()
+        tensor.numel()
+        and tensor.is_contiguous()
         and tensor.numel() * size % 8 == 0
         and tensor.storage_offset() * size % 8 == 0
     ):

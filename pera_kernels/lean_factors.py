@@ -20,7 +20,15 @@ from .terms import (
     pairs,
 )
 
-__all__ = ["coefficient_gradient", "coefficients", "contract", "expand", "lanes", "work_dtype"]
+__all__ = [
+    "coefficient_gradient",
+    "coefficient_gradient_of",
+    "coefficients",
+    "contract",
+    "expand",
+    "lanes",
+    "work_dtype",
+]
 
 # Up to so many numbers are gathered in one tensor for the contraction; one that is larger costs
 # more in fresh memory than the operations it saves.
@@ -91,6 +99,18 @@ def coefficient_gradient(
     products = (u.to(work_dtype(u.dtype)) * v).sum(0)
     dh = products.index_select(0, lanes(R, terms, h.device).pair)
     return (dh if scale == 1.0 else dh.mul_(scale)).to(h.dtype)
+
+
+def coefficient_gradient_of(
+    dphi: torch.Tensor, factor: torch.Tensor, h: torch.Tensor, terms: Terms
+) -> torch.Tensor:
+    """dh from dφ ``(K, C)`` of a factor ``(R, C)``, whose products are not rounded: in float16
+    those of small entries would vanish.
+    """
+    R = factor.shape[0]
+    work = work_dtype(dphi.dtype)
+    products = (expand(factor.to(work), terms, work) * dphi).sum(1)
+    return products.index_select(0, lanes(R, terms, h.device).pair).to(h.dtype)
 
 
 def expand(

@@ -1,0 +1,730 @@
+"""What holds for every input: random shapes, dtypes, strides, scales and special values.
+
+A failing example is printed as a ``Problem``: ``check_rule(Problem(...))`` runs it again. The long
+run is ``pytest -m long tests/test_properties.py``; it appends its figures to
+``tests/results/properties.jsonl``.
+"""
+
+import json
+import math
+import random
+import subprocess
+import time
+from collections import Counter
+from dataclasses import dataclass, replace
+from datetime import date
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import pera_kernels as pk
+from pera_kernels.dropout import draw_seed, keep_mask
+from pera_kernels.terms import TERMS, coefficient_count, pairs
+from pera_kernels.verify import numerics
+
+pytest.importorskip("hypothesis")
+
+from hypothesis import HealthCheck, given, settings  # noqa: E402
+from hypothesis import strategies as st  # noqa: E402
+
+QUIET = {
+    "deadline": None,
+    "database": None,
+    # The fixtures that tests ask for beside a problem hold nothing that a call could change.
+    "suppress_health_check": [HealthCheck.too_slow, HealthCheck.function_scoped_fixture],
+}
+settings.register_profile("ci", derandomize=True, **QUIET)
+settings.register_profile("long", print_blob=True, **QUIET)
+RESULTS = Path(__file__).parent / "results" / "properties.jsonl"
+
+F32, F64, BF16, F16 = torch.float32, torch.float64, torch.bfloat16, torch.float16
+# A truth for float64 needs a wider type, which not every platform has.
+WIDE = np.finfo(np.longdouble).eps < np.finfo(np.float64).eps
+DTYPES = [F32, BF16, F16, *([F64] if WIDE else [])]
+POOLED_VALUES = 64
+DRAWS, MORE_DRAWS, MORE_DRAWS_INTERPRETED = 8, 64, 16
+OTHER_ORDER = 2.0
+NAMES = ("x", "weight", "bias", "A", "B", "h", "dy")
+LAYOUTS = ("dense", "transposed", "sliced", "padded", "offset", "expanded")
+
+
+@dataclass(frozen=True)
+class Problem:
+    """A call, how its inputs lie in memory, and which special values they hold."""
+
+    op: str = "pera_linear"
+    terms: str = "full"
+    r: int = 3
+    batch: tuple[int, ...] = (5,)
+    N: int = 7
+    M: int = 6
+    dtype: torch.dtype = F32
+    factor_dtype: torch.dtype = F32
+    h_dtype: torch.dtype = F32
+    scale: float = 1.0
+    dropout_p: float = 0.0
+    plan: str = "auto"
+    bias: bool = True
+    # Which inputs require a gradient; None is a call under no_grad, made four times.
+    needs: tuple[str, ...] | None = ("x", "A", "B", "h")
+    layouts: tuple[str, ...] = ("dense",) * 7
+    # Powers of ten that the inputs are multiplied by, in the order of NAMES.
+    sizes: tuple[int, ...] = (0,) * 7
+    # (input, value, how many of its elements; 0 are all).
+    special: tuple[tuple[str, float, int], ...] = ()
+    seed: int = 0
+
+    @property
+    def T(self) -> int:
+        return math.prod(self.batch)
+
+    @property
+    def K(self) -> int:
+        return self.r + coefficient_count(self.r, self.terms)
+
+    @property
+    def differentiated(self) -> tuple[str, ...]:
+        missing = {"h"} if self.terms == "linear" else set()
+        missing |= {"x"} if self.op == "delta_weight" else set()
+        return tuple(n for n in self.needs or () if n not in missing)
+
+
+def shapes(p):
+    return {
+        "x": (*p.batch, p.N),
+        "weight": (p.M, p.N),
+        "bias": (p.M,),
+        "A": (p.r, p.N),
+        "B": (p.M, p.r),
+        "h": (coefficient_count(p.r, p.terms),),
+        "dy": (p.M, p.N) if p.op == "delta_weight" else (*p.batch, p.M),
+    }
+
+
+def dtypes(p):
+    dy = p.factor_dtype if p.op == "delta_weight" else p.dtype
+    own = {"A": p.factor_dtype, "B": p.factor_dtype, "h": p.h_dtype, "dy": dy}
+    return {name: own.get(name, p.dtype) for name in NAMES}
+
+
+def laid_out(t, layout):
+    """The same values with other strides, between NaNs; "expanded" repeats the first of them.
+
+    Between numbers in bfloat16: PyTorch's products on a CPU read one past an odd row, times zero.
+    """
+    gap = torch.finfo(t.dtype).max if t.dtype == BF16 else math.nan
+    if t.numel() == 0:
+        return t
+    if layout == "transposed" and t.dim() > 1:
+        return t.transpose(0, -1).contiguous().transpose(0, -1)
+    if layout == "sliced":
+        return torch.stack([t, torch.full_like(t, gap)], -1)[..., 0]
+    if layout == "padded" and t.dim() > 1:
+        return torch.cat([t, torch.full_like(t, gap)], -1)[..., : t.shape[-1]]
+    if layout == "offset":
+        ends = t.new_full((3,), gap)
+        return torch.cat([ends, t.reshape(-1), ends])[3 : 3 + t.numel()].view(t.shape)
+    if layout == "expanded" and t.dim() > 1 and t.shape[0]:
+        return t[:1].expand(t.shape)
+    return t.contiguous()
+
+
+def make_inputs(p, draw=0):
+    """Random inputs by name, as ``numerics.make_inputs`` sizes them, with the special values."""
+    generator = torch.Generator().manual_seed(p.seed + 1000 * draw)
+    std = {"weight": max(p.N, 1) ** -0.5, "A": 0.5, "B": 0.5}
+    place = random.Random(p.seed)
+    inputs = {}
+    for name, size, layout in zip(NAMES, p.sizes, p.layouts, strict=True):
+        values = torch.randn(shapes(p)[name], generator=generator, dtype=F64)
+        t = (values * std.get(name, 1.0) * 10.0**size).to(dtypes(p)[name])
+        for where, value, count in p.special:
+            if where == name and t.numel():
+                flat = t.view(-1)
+                at = [place.randrange(len(flat)) for _ in range(count)] or slice(None)
+                flat[at] = value
+        inputs[name] = laid_out(t, layout)
+    if p.terms == "linear":
+        inputs["h"] = None
+    if not p.bias:
+        inputs["bias"] = None
+    return inputs
+
+
+def evaluate(p, inputs, backend, *, exact=False):
+    """The output and the gradients that were asked for, by name."""
+    needs = p.differentiated
+
+    def leaf(name):
+        t = inputs[name]
+        if t is None:
+            return None
+        # Not a clone, which would lay an expanded tensor out anew.
+        return (t.double() if exact else t).detach().requires_grad_(name in needs)
+
+    x, weight, bias, A, B, h = (leaf(name) for name in NAMES[:-1])
+    options = {"scale": p.scale, "terms": p.terms, "backend": backend}
+
+    def call():
+        if p.op == "delta_weight":
+            return pk.delta_weight(A, B, h, **options)
+        torch.manual_seed(p.seed)
+        return pk.pera_linear(
+            x, weight, A, B, h, bias, dropout_p=p.dropout_p, plan=p.plan, **options
+        )
+
+    if p.needs is None:
+        with torch.no_grad():
+            y = call()
+            # The third call keeps the expansions, the fourth uses what was kept.
+            if not exact and backend == "torch":
+                assert all(same_bits(call(), y) for _ in range(3))
+        return {"y": y}
+    y = call()
+    assert y.requires_grad == bool(needs)
+    leaves = {"x": x, "A": A, "B": B, "h": h}
+    if needs:
+        y.backward(inputs["dy"].double() if exact else inputs["dy"])
+    for name, t in leaves.items():
+        assert t is None or (t.grad is None) == (name not in needs), name
+    return {"y": y.detach(), **{f"d{name}": leaves[name].grad for name in needs}}
+
+
+def same_bits(a, b):
+    return torch.equal(a.isnan(), b.isnan()) and torch.equal(a.nan_to_num(), b.nan_to_num())
+
+
+def wide_truth(p, inputs):
+    """Output and gradients by the formulas in a type wider than float64, as float64."""
+    with np.errstate(all="ignore"):
+        return _wide_truth(p, inputs)
+
+
+def _wide_truth(p, inputs):
+
+    def wide(name, shape=None):
+        t = inputs[name]
+        return None if t is None else t.numpy().astype(np.longdouble).reshape(shape or t.shape)
+
+    def contract(dphi, factor):
+        d = dphi[: p.r].copy()
+        for row, (i, j) in enumerate(pairs(p.r, p.terms), p.r):
+            d[i] += dphi[row] * factor[j]
+            d[j] += dphi[row] * factor[i]
+        return d
+
+    A, B, h = wide("A"), wide("B").T, wide("h")
+    i, j = np.array(pairs(p.r, p.terms), dtype=int).reshape(-1, 2).T
+    phi_A, phi_B = (np.concatenate([f, f[i] * f[j]]) for f in (A, B))
+    c = np.ones(p.r, np.longdouble) if h is None else np.concatenate([np.ones(p.r), h])
+    s, cA, cB = np.longdouble(p.scale), c[:, None] * phi_A, c[:, None] * phi_B
+    if p.op == "delta_weight":
+        G = wide("dy")
+        dphi_A, dphi_B = s * phi_B @ G, s * phi_A @ G.T
+        y, dx, dh = s * cB.T @ phi_A, None, (dphi_A * phi_A).sum(1)
+    else:
+        x, dy, weight = wide("x", (p.T, p.N)), wide("dy", (p.T, p.M)), wide("weight")
+        torch.manual_seed(p.seed)
+        keep = keep_mask(draw_seed(torch.device("cpu")), p.T, p.N, p.dropout_p).numpy()
+        share = 1 - np.longdouble(p.dropout_p)
+        dropped = np.where(keep, x / share, 0)
+        u, v = dropped @ phi_A.T, dy @ phi_B.T
+        y = x @ weight.T + s * (u @ cB) + (0 if inputs["bias"] is None else wide("bias"))
+        dx = dy @ weight + np.where(keep, s * (v @ cA) / share, 0)
+        dphi_A, dphi_B, dh = s * v.T @ dropped, s * u.T @ dy, s * (u * v).sum(0)
+    dA, dB = contract(c[:, None] * dphi_A, A), contract(c[:, None] * dphi_B, B).T
+    found = {"y": y, "dx": dx, "dA": dA, "dB": dB, "dh": dh[p.r :]}
+    shape = {"y": shapes(p)["dy"], "dx": shapes(p)["x"]}
+    return {
+        name: torch.from_numpy(np.ascontiguousarray(found[name], np.float64)).view(
+            shape.get(name, found[name].shape)
+        )
+        for name in ("y", *(f"d{n}" for n in p.differentiated))
+    }
+
+
+def true_values(p, inputs):
+    if F64 in (p.dtype, p.factor_dtype):
+        return wide_truth(p, inputs)
+    return evaluate(p, inputs, "reference", exact=True)
+
+
+def largest(p, inputs):
+    """A bound on every number that any order of evaluation forms from these inputs."""
+    x, weight, bias, A, B, h, dy = (
+        None if inputs[name] is None else inputs[name].double().abs() for name in NAMES
+    )
+    s = max(1.0, abs(p.scale)) / (1.0 - p.dropout_p)
+    c = s * max([1.0, *([] if h is None else h.tolist())])
+    phi_A, phi_B = (pk.reference.expand(f) for f in (A, B.t()))
+    dphi = []
+    if p.op == "delta_weight":
+        dW, formed = dy, []
+    else:
+        x, dy = x.reshape(p.T, p.N), dy.reshape(p.T, p.M)
+        u, v, dW = c * x @ phi_A.t(), c * dy @ phi_B.t(), s * dy.t() @ x
+        dphi = [(v.t() @ x, phi_A, A), (u.t() @ dy, phi_B, B)]
+        composed, b = weight + c * phi_B.t() @ phi_A, 0.0 if bias is None else bias
+        formed = [s * x, s * dy, u, v, (u * v).sum(0), u @ phi_B, v @ phi_A]
+        formed += [x @ composed.t() + b, dy @ composed, x @ weight.t() + b, dy @ weight]
+    dphi += [(c * phi_B @ dW, phi_A, A), (c * phi_A @ dW.t(), phi_B, B)]
+    for d, phi, factor in dphi:
+        most = max([1.0, *factor.flatten().tolist()])
+        formed += [d * most * (p.r + 2), (d * phi).sum(1)]
+    formed += [c * phi_A, c * phi_B, c * phi_B.t() @ phi_A, dW]
+    return max([0.0, *(float(t.max()) for t in formed if t.numel())])
+
+
+def limit(p):
+    return min(torch.finfo(t).max for t in (p.dtype, p.factor_dtype, p.h_dtype))
+
+
+class Figures:
+    """What a run of many cases adds up to."""
+
+    def __init__(self):
+        self.started, self.cases, self.failures = time.time(), Counter(), []
+        self.worst = Counter()
+
+    def write(self):
+        commit = subprocess.run(
+            ["git", "rev-parse", "--short", "HEAD"],
+            cwd=RESULTS.parent.parent,
+            capture_output=True,
+            text=True,
+        )
+        try:
+            import triton
+        except ImportError:
+            triton = None
+        row = {
+            "cases": sum(self.cases.values()),
+            "by_check": dict(self.cases),
+            "failures": len(self.failures),
+            "failed": self.failures,
+            "worst_ratio": {k: round(v, 4) for k, v in sorted(self.worst.items())},
+            "seconds": round(time.time() - self.started, 1),
+            "torch": torch.__version__,
+            "triton": triton and triton.__version__,
+            "date": date.today().isoformat(),
+            "commit": commit.stdout.strip() or "unknown",
+        }
+        RESULTS.parent.mkdir(exist_ok=True)
+        with RESULTS.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(row) + "\n")
+
+
+FIGURES = Figures()
+
+
+def summed_otherwise(p, name, backend):
+    """Whether a CPU's library may sum y and dx in another order than for the reference: products
+    with one row or column, Gram matrices of few tokens, and long sums of few terms. Their errors
+    are by chance up to ``OTHER_ORDER`` times what the rule allows.
+    """
+    if backend != "torch" or p.dtype not in (F32, F64) or name not in ("y", "dx"):
+        return False
+    if p.op == "delta_weight":
+        return 1 in (p.N, p.M)
+    return 1 in (p.T, p.N, p.M) or (p.T <= 24 and p.K >= 128)
+
+
+def all_underflow(p, verdict):
+    """Whether an output is so small that the order of the factors decides what is left of it."""
+    info = torch.finfo(p.dtype)
+    most = verdict.floor_max / (numerics.FLOOR_ULPS_MAX * info.eps)
+    return p.dtype != F16 and most < info.smallest_normal / info.eps**2
+
+
+def pooled_verdicts(p, backend, draws):
+    """A verdict on each output and gradient that can be judged, by name."""
+    outputs = [[], [], []]
+    for draw in range(draws):
+        inputs = make_inputs(p, draw)
+        outputs[0].append(evaluate(p, inputs, backend))
+        outputs[1].append(evaluate(p, inputs, "reference"))
+        outputs[2].append(true_values(p, inputs))
+    verdicts = {}
+    for name in outputs[0][0]:
+        stacked = (torch.stack([o[name] for o in group]) for group in outputs)
+        verdict = numerics.judge(name, *stacked, p.dtype)
+        if verdict.floor_max == 0.0 or not all_underflow(p, verdict):
+            verdicts[name] = verdict
+    return verdicts
+
+
+def check_rule(p, backend="torch"):
+    """Where nothing can overflow, the numeric rule; else :func:`check_overflow`.
+
+    The errors of few numbers are pooled over draws of the inputs, as ``numerics.check`` does; a
+    verdict that chance may have spoken is asked for again with many more draws.
+    """
+    sizes = [math.prod(shapes(p)[name]) for name in ("dy", *p.differentiated)]
+    draws = min(DRAWS, -(-POOLED_VALUES // min(filter(None, sizes), default=POOLED_VALUES)))
+    inputs = [make_inputs(p, draw) for draw in range(draws)]
+    if max(largest(p, own) for own in inputs) > limit(p) / 4:
+        return check_overflow(p, inputs[0], backend)
+    allowed = {
+        name: OTHER_ORDER if summed_otherwise(p, name, backend) else 1.0
+        for name in ("y", "dW", "dx", "dA", "dB", "dh")
+    }
+    verdicts = pooled_verdicts(p, backend, draws)
+    if not all(v.ratio <= allowed.get(name, 1.0) for name, v in verdicts.items()):
+        more = MORE_DRAWS if backend == "torch" else MORE_DRAWS_INTERPRETED
+        verdicts = pooled_verdicts(p, backend, more)
+    key = f"{backend} {str(p.dtype).removeprefix('torch.')}"
+    for name, verdict in verdicts.items():
+        assert not verdict.notes and verdict.ratio <= allowed.get(name, 1.0), f"{p}\n{verdict}"
+        own = key if allowed.get(name, 1.0) == 1.0 else f"{key}, summed in another order"
+        FIGURES.worst[own] = max(FIGURES.worst[own], verdict.ratio)
+
+
+def check_overflow(p, inputs, backend):
+    """A result past the dtype's range is never a finite number. In float16 the factored output is
+    infinite or NaN exactly where the reference is: there the products round in the same places.
+    """
+    got, truth = evaluate(p, inputs, backend), true_values(p, inputs)
+    for name, t in got.items():
+        beyond = truth[name].abs() > 2 * torch.finfo(t.dtype).max
+        assert not t[beyond].isfinite().any(), f"{p}\n{name}: an overflow was hidden"
+    if p.dtype == F16 and p.plan != "composed" and p.dropout_p == 0.0:
+        reference = evaluate(p, inputs, "reference")["y"]
+        for kind in (torch.isposinf, torch.isneginf, torch.isnan):
+            assert torch.equal(kind(got["y"]), kind(reference)), f"{p}\n{kind.__name__}"
+
+
+def check_spread(p, backend="torch"):
+    """Inputs with infinities or NaNs: where the float64 truth is not finite, nothing is finite; and
+    where it is finite, all is finite, but for these:
+
+    * which of inf and NaN appears is the truth's only in y of the factored plan: gradients sum
+      infinities in another order;
+    * "cross" gradients of factors: a_i is multiplied by a zero for its absent square, so dA_i is
+      NaN where a_i is not finite itself;
+    * the Triton contraction sends rows by a product with zeros and ones: within a column of dA (a
+      row of dB) a NaN reaches the whole rank;
+    * PyTorch's bfloat16 products on a CPU may take a NaN into the neighbouring row: there only
+      that nothing is hidden is promised;
+    * an empty batch: the truth has 0 · NaN.
+    """
+    inputs = make_inputs(p)
+    got, truth = evaluate(p, inputs, backend), true_values(p, inputs)
+    if p.T == 0:
+        return
+    for name, t in got.items():
+        wrong = ~truth[name].isfinite()
+        assert not t[wrong].isfinite().any(), f"{p}\n{name}: hidden"
+        if p.dtype == BF16 or p.factor_dtype == BF16:
+            continue
+        if name in ("dA", "dB"):
+            rank = 0 if name == "dA" else 1
+            if backend == "triton":
+                wrong = wrong.any(rank, keepdim=True).expand_as(wrong)
+            elif p.terms == "cross":
+                wrong = wrong | ~inputs[name[1]].isfinite()
+        assert t[~wrong].isfinite().all(), f"{p}\n{name}: spread"
+        if name == "y" and p.plan == "factored":
+            for kind in (torch.isposinf, torch.isneginf, torch.isnan):
+                assert torch.equal(kind(t), kind(truth[name])), f"{p}\n{kind.__name__}"
+
+
+def finite_values(dtype):
+    """Zeros, subnormal numbers and the limits of a dtype."""
+    info = torch.finfo(dtype)
+    small = [0.0, -0.0, info.smallest_normal, info.smallest_normal / 4, info.tiny * info.eps]
+    return [*small, info.max, -info.max, info.max / 2, -math.sqrt(info.max), info.max**0.75]
+
+
+@st.composite
+def problems(draw, backend="torch", most=48, most_rank=20, special="finite", decades=6):
+    dtype = draw(st.sampled_from(DTYPES if backend == "torch" else [F32, BF16, F16]))
+    mixed = [dtype] if dtype == F64 else [dtype, dtype, F32]
+    factor_dtype = draw(st.sampled_from(mixed))
+    tokens = st.sampled_from([0, 1, 2, 4, 5, 16, 17]) | st.integers(0, most)
+    few = st.integers(0, 3)
+    batch = st.tuples(tokens) | st.just(()) | st.tuples(few, few) | st.tuples(few, few, few)
+    # Wide enough now and then for the contraction by offsets.
+    features = st.integers(1, most) | st.sampled_from([1, 64, 4 * most])
+    plan = draw(st.sampled_from(["auto", "auto", "factored", "composed"]))
+    # Sums of equal numbers round alike each time: one input at most repeats its rows.
+    layouts = [draw(st.sampled_from(LAYOUTS[:-1])) for _ in NAMES]
+    if draw(st.integers(0, 2)) == 0:
+        layouts[draw(st.integers(0, len(NAMES) - 1))] = "expanded"
+    p = Problem(
+        op=draw(st.sampled_from(["pera_linear"] * 3 + ["delta_weight"])),
+        terms=draw(st.sampled_from(TERMS)),
+        r=draw(st.integers(1, most_rank)),
+        batch=draw(batch),
+        N=draw(features),
+        M=draw(features),
+        dtype=dtype,
+        factor_dtype=factor_dtype,
+        h_dtype=draw(st.sampled_from(list(dict.fromkeys([factor_dtype, *mixed])))),
+        scale=draw(st.sampled_from([1.0, -1.0])) * 10.0 ** draw(st.floats(-decades, decades)),
+        dropout_p=0.0 if plan == "composed" else draw(st.sampled_from([0.0, 0.0, 0.3])),
+        plan=plan,
+        bias=draw(st.booleans()),
+        needs=draw(st.none() | st.lists(st.sampled_from("xABh"), unique=True).map(tuple)),
+        layouts=tuple(layouts),
+        seed=draw(st.integers(0, 2**20)),
+    )
+    if special == "finite":
+        # In float16 numbers of other sizes leave its range at once.
+        sizes = tuple(0 if dtype == F16 else draw(st.integers(-3, 3)) for _ in NAMES)
+        value = st.sampled_from(finite_values(dtype))
+        places = st.tuples(st.sampled_from(NAMES), value, st.integers(1, 3))
+        chosen = draw(st.lists(places, max_size=2))
+        if draw(st.integers(0, 9)) == 0:
+            chosen.append(("h", 0.0, 0))
+        return replace(p, sizes=sizes, special=tuple(chosen))
+    value = draw(st.sampled_from([math.inf, -math.inf, math.nan]))
+    name, count = draw(st.sampled_from(NAMES)), draw(st.integers(1, 2))
+    return replace(p, special=((name, value, count),))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """The problems are small: a second thread would cost more than it gives."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+CI, LONG = settings.get_profile("ci"), settings.get_profile("long")
+SMALL = {"backend": "triton", "most": 9, "most_rank": 6}
+NOT_FINITE = {"special": "not finite", "decades": 1}
+
+
+@settings(CI, max_examples=2500)
+@given(problems())
+def test_torch_follows_the_numeric_rule(p):
+    """Output and gradients, whatever the call: see ``check_rule``."""
+    check_rule(p)
+
+
+@settings(CI, max_examples=1500)
+@given(problems(**NOT_FINITE))
+def test_torch_hides_and_spreads_no_infinity(p):
+    """What is not finite shows where it belongs: see ``check_spread``."""
+    check_spread(p)
+
+
+@settings(CI, max_examples=40)
+@given(p=problems(**SMALL))
+def test_triton_follows_the_numeric_rule(p, triton_backend):
+    """The kernels on the same problems, small ones."""
+    check_rule(p, triton_backend)
+
+
+@pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")
+@settings(CI, max_examples=40)
+@given(p=problems(**SMALL, **NOT_FINITE))
+def test_triton_hides_no_infinity(p, triton_backend):
+    """As for the torch backend, with the spread that ``check_spread`` states."""
+    check_spread(p, triton_backend)
+
+
+@st.composite
+def plain_problems(draw, dtypes=(F32, F64), **fixed):
+    dtype = draw(st.sampled_from(dtypes))
+    return Problem(
+        terms=fixed.get("terms") or draw(st.sampled_from(TERMS)),
+        r=draw(st.integers(1, 12)),
+        batch=(draw(st.integers(0, 24)),),
+        N=draw(st.integers(1, 40)),
+        M=draw(st.integers(1, 40)),
+        dtype=dtype,
+        factor_dtype=dtype,
+        h_dtype=dtype,
+        scale=draw(st.floats(-30.0, 30.0)),
+        plan=draw(st.sampled_from(["auto", "factored"])),
+        seed=draw(st.integers(0, 2**20)),
+    )
+
+
+def magnitudes(p, inputs):
+    """The sum of the absolute values of all terms of each output and gradient: every coefficient
+    of these polynomials is positive.
+    """
+    positive = {n: None if t is None else t.double().abs() for n, t in inputs.items()}
+    return evaluate(replace(p, scale=abs(p.scale)), positive, "reference", exact=True)
+
+
+def assert_within(got, expected, magnitude, p):
+    """Equal up to one rounding per operation that any summand passes."""
+    depth = p.T + p.N + p.M + 2 * p.K + 16
+    allowed = torch.finfo(p.dtype).eps * depth * magnitude
+    error = (got.double() - expected.double()).abs()
+    assert (error <= allowed).all(), f"{p}\n{float((error / allowed).max())} times what rounding is"
+
+
+@settings(CI, max_examples=150)
+@given(plain_problems(), st.booleans())
+def test_without_coefficients_it_is_lora(p, frozen):
+    """With h = 0 everything is that of terms="linear"; bit for bit if h is not trained."""
+    p = replace(p, special=(("h", 0.0, 0),), needs=("x", "A", "B") if frozen else p.needs)
+    inputs = make_inputs(p)
+    got = evaluate(p, inputs, "torch")
+    lora = {**inputs, "h": None}
+    expected = evaluate(replace(p, terms="linear"), lora, "torch")
+    for name, magnitude in magnitudes(p, inputs).items():
+        if name == "dh":
+            continue
+        if frozen:
+            assert same_bits(got[name], expected[name]), f"{p}\n{name}"
+        assert_within(got[name], expected[name], magnitude, p)
+
+
+@settings(CI, max_examples=100)
+@given(plain_problems(terms="full"))
+def test_square_and_cross_add_up_to_full(p):
+    """full - linear = (square - linear) + (cross - linear), each with its share of h."""
+    inputs = make_inputs(p)
+    A, B, h = (inputs[name] for name in ("A", "B", "h"))
+    kept = pairs(p.r, "full")
+    part = {
+        "full": h,
+        "square": h[[n for n, (i, j) in enumerate(kept) if i == j]],
+        "cross": h[[n for n, (i, j) in enumerate(kept) if i < j]],
+        "linear": None,
+    }
+    dW = {
+        terms: pk.delta_weight(A, B, own, scale=p.scale, terms=terms, backend="torch").double()
+        for terms, own in part.items()
+    }
+    quadratic = dW["square"] + dW["cross"] - 2 * dW["linear"]
+    positive = (t.double().abs() for t in (A, B, h))
+    magnitude = 3 * pk.delta_weight(*positive, scale=abs(p.scale), backend="reference")
+    assert_within(dW["full"] - dW["linear"], quadratic, magnitude, p)
+
+
+@settings(CI, max_examples=150)
+@given(plain_problems(), st.randoms(use_true_random=False))
+def test_order_of_the_rank_does_not_matter(p, generator):
+    """Permuting the rows of A, the columns of B and the pairs of h permutes the gradients."""
+    order = list(range(p.r))
+    generator.shuffle(order)
+    place = {pair: n for n, pair in enumerate(pairs(p.r, p.terms))}
+    permuted = [
+        place[min(order[i], order[j]), max(order[i], order[j])] for i, j in pairs(p.r, p.terms)
+    ]
+    inputs = make_inputs(p)
+    h = inputs["h"]
+    changed = {
+        **inputs,
+        "A": inputs["A"][order],
+        "B": inputs["B"][:, order],
+        "h": None if h is None else h[permuted],
+    }
+    got, expected = evaluate(p, changed, "torch"), evaluate(p, inputs, "torch")
+    magnitude = magnitudes(p, inputs)
+    index = {"dA": order, "dB": (slice(None), order), "dh": permuted}
+    for name, t in got.items():
+        at = index.get(name, slice(None))
+        assert_within(t, expected[name][at], magnitude[name][at], p)
+
+
+@settings(CI, max_examples=200)
+@given(plain_problems((F32, F64, BF16)), st.data())
+def test_scaling_a_column_against_its_row_changes_nothing(p, data):
+    """b_i α and a_i / α: bit for bit with powers of two, else up to rounding."""
+    exact = data.draw(st.booleans())
+    power = st.integers(-6, 6).map(lambda n: 2.0**n)
+    alpha = data.draw(
+        st.lists(power if exact else st.floats(0.1, 10.0), min_size=p.r, max_size=p.r)
+    )
+    alpha = torch.tensor(alpha, dtype=F64)
+    inputs = make_inputs(p)
+    changed = {
+        **inputs,
+        "A": (inputs["A"].double() / alpha[:, None]).to(p.dtype),
+        "B": (inputs["B"].double() * alpha).to(p.dtype),
+    }
+    got, expected = evaluate(p, changed, "torch"), evaluate(p, inputs, "torch")
+    magnitude = magnitudes(p, inputs)
+    back = {"dA": 1 / alpha[:, None], "dB": alpha}
+    for name, t in got.items():
+        t = t.double() * back.get(name, 1.0)
+        if exact:
+            assert torch.equal(t, expected[name].double()), f"{p}\n{name}"
+        assert_within(t, expected[name], magnitude[name], p)
+
+
+@settings(CI, max_examples=150)
+@given(plain_problems((F32, F64, BF16, F16)))
+def test_merging_equals_applying(p):
+    """A merged layer gives what the adapted one gave, and unmerging restores the weight's bits."""
+    p = replace(p, scale=min(p.scale, 2.0, key=abs) or 1.0, needs=None)
+    inputs = make_inputs(p)
+    layer = pk.PeraLinear(p.N, p.M, p.r, alpha=p.r * abs(p.scale), terms=p.terms, dtype=p.dtype)
+    p = replace(p, scale=layer.scale)
+    with torch.no_grad():
+        for name in ("weight", "bias"):
+            getattr(layer, name).copy_(inputs[name])
+        for name in "ABh":
+            if inputs[name] is not None:
+                getattr(layer, f"pera_{name}").copy_(inputs[name])
+        weight, applied = layer.weight.clone(), layer(inputs["x"])
+        layer.merge()
+        merged = layer(inputs["x"])
+        layer.unmerge()
+    assert_within(merged, applied, magnitudes(p, inputs)["y"], p)
+    assert same_bits(layer.weight, weight)
+
+
+@settings(CI, max_examples=150)
+@given(plain_problems((F32, F64, BF16, F16)))
+def test_expanded_factors_reproduce_the_update(p):
+    """lora_B @ lora_A is ΔW."""
+    inputs = make_inputs(p)
+    A, B, h = (inputs[name] for name in ("A", "B", "h"))
+    options = {"scale": p.scale, "terms": p.terms}
+    lora_A, lora_B = pk.expand_factors(A, B, h, **options)
+    assert lora_A.shape == (p.K, p.N) and lora_B.shape == (p.M, p.K)
+    positive = [None if t is None else t.double().abs() for t in (A, B, h)]
+    options["scale"] = abs(p.scale)
+    magnitude = pk.delta_weight(*positive, **options, backend="reference")
+    expected = pk.delta_weight(A, B, h, scale=p.scale, terms=p.terms, backend="torch")
+    assert_within(lora_B.double() @ lora_A.double(), expected, magnitude, p)
+
+
+@pytest.fixture(scope="module")
+def figures():
+    """What the long run counts; one line in the results when it is over."""
+    FIGURES.__init__()
+    yield FIGURES
+    FIGURES.write()
+
+
+LONG_RUNS = {
+    "torch rule": (check_rule, problems(), 24_000),
+    "torch not finite": (check_spread, problems(**NOT_FINITE), 8_000),
+    "triton rule": (check_rule, problems(**SMALL), 300),
+    "triton not finite": (check_spread, problems(**SMALL, **NOT_FINITE), 300),
+}
+
+
+@pytest.mark.long
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+@pytest.mark.parametrize("name", LONG_RUNS)
+def test_long_run(name, figures, request):
+    """Many thousand fresh problems; the figures are appended to the results."""
+    check, strategy, count = LONG_RUNS[name]
+    backend = name.partition(" ")[0]
+    if backend == "triton":
+        request.getfixturevalue("triton_backend")
+
+    @settings(LONG, max_examples=count)
+    @given(strategy)
+    def run(p):
+        figures.cases[name] += 1
+        check(p, backend)
+
+    try:
+        run()
+    except BaseException:
+        figures.failures.append(name)
+        raise

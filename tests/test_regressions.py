@@ -1,0 +1,89 @@
+"""What random tests found, each as the smallest example with a name."""
+
+import pytest
+import torch
+
+import pera_kernels as pk
+from pera_kernels.verify import numerics
+from pera_kernels.verify.numerics import Case
+
+OTHER_SUMS = "a library sums a product of few rows in another order than one of many: depends on it"
+
+
+def verdicts(case, draws=8, change=lambda inputs: None):
+    """A verdict on each output of the torch backend, from several draws of the inputs."""
+    outputs = [[], [], []]
+    for seed in range(draws):
+        inputs = numerics.make_inputs(Case(**{**vars(case), "seed": seed}))
+        change(inputs)
+        outputs[0].append(numerics.run(case, inputs, "torch"))
+        outputs[1].append(numerics.run(case, inputs, "reference"))
+        outputs[2].append(numerics.run(case, inputs, "reference", exact=True))
+    return {
+        name: numerics.judge(
+            name, *(torch.stack([o[name] for o in g]) for g in outputs), case.dtype
+        )
+        for name in outputs[0][0]
+    }
+
+
+@pytest.mark.xfail(reason=OTHER_SUMS, strict=False)
+@pytest.mark.parametrize("r, N, M", [(32, 64, 64), (64, 256, 1024), (64, 1024, 1024)])
+def test_one_token_is_not_summed_onto_its_base_lane_by_lane(r, N, M):
+    """y.addmm_(weighted, φ(B)) of one row rounds K times at the size of y."""
+    verdict = verdicts(Case(r=r, T=1, N=N, M=M, scale=0.02), draws=4)["y"]
+    assert verdict.passed, str(verdict)
+
+
+@pytest.mark.xfail(reason=OTHER_SUMS, strict=False)
+def test_few_tokens_and_many_lanes():
+    """(T, K) φ(B) with φ(B) stored by lanes is summed lane by lane for small T."""
+    verdict = verdicts(Case(r=24, T=8, N=256, M=256), draws=16)["y"]
+    assert verdict.passed, str(verdict)
+
+
+@pytest.mark.xfail(reason=OTHER_SUMS, strict=False)
+def test_one_feature_composed():
+    """W0 + ΔW by one addmm of one row rounds K times at the size of W0."""
+    case = Case(r=12, T=40, N=13, M=1, scale=0.02, plan="composed")
+    for verdict in verdicts(case, draws=64).values():
+        assert verdict.passed, str(verdict)
+
+
+@pytest.mark.parametrize("T", [8, 64])
+@pytest.mark.parametrize("size", [1e-3, 1e-4])
+def test_float16_gradient_of_h_while_B_is_small(size, T):
+    """Float32 adapters a few steps after B = 0: b_i b_j is below float16, but dh is not zero."""
+
+    def small(inputs):
+        inputs.B.mul_(2 * size)
+        inputs.A.mul_(0.2)
+
+    case = Case(r=8, T=T, N=96, M=80, dtype=torch.float16, adapter_dtype=torch.float32)
+    verdict = verdicts(case, draws=2, change=small)["dh"]
+    assert verdict.passed, str(verdict)
+
+
+def test_float16_gradient_of_A_under_a_large_scale():
+    """Dy and B are small and s is not: what autograd multiplies by s first does not underflow."""
+
+    def small(inputs):
+        inputs.B.mul_(2e-3)
+        inputs.A.mul_(0.2)
+        inputs.dy.mul_(1e-3)
+
+    case = Case(terms="linear", r=8, T=64, N=96, M=80, scale=16.0, dtype=torch.float16)
+    case = Case(**{**vars(case), "adapter_dtype": torch.float32})
+    verdict = verdicts(case, draws=2, change=small)["dA"]
+    assert verdict.passed, str(verdict)
+
+
+def test_no_coefficients_in_a_strided_tensor():
+    """r = 1 has no cross terms; the third evaluation keeps the expansions."""
+    x, weight = torch.randn(3, 8).half(), torch.randn(6, 8).half()
+    A, B, h = torch.randn(1, 8).half(), torch.randn(6, 1).half(), torch.empty(0, 2).half()[:, 0]
+    with torch.no_grad():
+        expected = pk.pera_linear(x, weight, A, B, None, terms="linear", backend="torch")
+        for _ in range(4):
+            y = pk.pera_linear(x, weight, A, B, h, terms="cross", backend="torch")
+            assert torch.equal(y, expected)
