@@ -46,6 +46,10 @@ def _installed(package: str) -> bool:
         return False
 
 
+# Looked up once: torch.compile of torch 2.11 cannot trace the search for a package.
+HAS_TRITON = _installed("triton")
+
+
 def unavailable(
     backend: str, device: torch.device, dtypes: tuple[torch.dtype, ...] = ()
 ) -> str | None:
@@ -56,7 +60,7 @@ def unavailable(
             return f"it computes in {known}, not in {str(dtype).removeprefix('torch.')}"
     if backend != "triton":
         return None
-    if not _installed("triton"):
+    if not HAS_TRITON:
         return "the triton package is not installed"
     if device.type == "cpu" and not interpreting():
         return "tensors on cpu need Triton's interpreter: set TRITON_INTERPRET=1 before the import"
