@@ -331,11 +331,11 @@ def summed_otherwise(p, name, backend):
     return 1 in (p.T, p.N, p.M) or (p.T <= 24 and p.K >= 128)
 
 
-def all_underflow(p, verdict):
+def all_underflow(p, truth):
     """Whether an output is so small that the order of the factors decides what is left of it."""
     info = torch.finfo(p.dtype)
-    most = verdict.floor_max / (numerics.FLOOR_ULPS_MAX * info.eps)
-    return p.dtype != F16 and most < info.smallest_normal / info.eps**2
+    most = float(truth.abs().max()) if truth.numel() else 0.0
+    return p.dtype != F16 and 0.0 < most < info.smallest_normal / info.eps**2
 
 
 def pooled_verdicts(p, backend, draws):
@@ -348,10 +348,9 @@ def pooled_verdicts(p, backend, draws):
         outputs[2].append(true_values(p, inputs))
     verdicts = {}
     for name in outputs[0][0]:
-        stacked = (torch.stack([o[name] for o in group]) for group in outputs)
-        verdict = numerics.judge(name, *stacked, p.dtype)
-        if verdict.floor_max == 0.0 or not all_underflow(p, verdict):
-            verdicts[name] = verdict
+        got, reference, truth = (torch.stack([o[name] for o in group]) for group in outputs)
+        if not all_underflow(p, truth):
+            verdicts[name] = numerics.judge(name, got, reference, truth, p.dtype)
     return verdicts
 
 
@@ -399,8 +398,9 @@ def check_spread(p, backend="torch"):
     """Inputs with infinities or NaNs: where the float64 truth is not finite, nothing is finite; and
     where it is finite, all is finite, but for these:
 
-    * which of inf and NaN appears is the truth's only in y of the factored plan: gradients sum
-      infinities in another order;
+    * which of inf and NaN appears is the truth's only in the torch backend's y of the factored
+      plan: gradients sum infinities in another order, and the kernels' unused lanes multiply them
+      by zero;
     * "cross" gradients of factors: a_i is multiplied by a zero for its absent square, so dA_i is
       NaN where a_i is not finite itself;
     * the Triton contraction sends rows by a product with zeros and ones: within a column of dA (a
@@ -425,7 +425,7 @@ def check_spread(p, backend="torch"):
             elif p.terms == "cross":
                 wrong = wrong | ~inputs[name[1]].isfinite()
         assert t[~wrong].isfinite().all(), f"{p}\n{name}: spread"
-        if name == "y" and p.plan == "factored":
+        if name == "y" and p.plan == "factored" and backend == "torch":
             for kind in (torch.isposinf, torch.isneginf, torch.isnan):
                 assert torch.equal(kind(t), kind(truth[name])), f"{p}\n{kind.__name__}"
 
@@ -498,14 +498,14 @@ SMALL = {"backend": "triton", "most": 9, "most_rank": 6}
 NOT_FINITE = {"special": "not finite", "decades": 1}
 
 
-@settings(CI, max_examples=2500)
+@settings(CI, max_examples=800)
 @given(problems())
 def test_torch_follows_the_numeric_rule(p):
     """Output and gradients, whatever the call: see ``check_rule``."""
     check_rule(p)
 
 
-@settings(CI, max_examples=1500)
+@settings(CI, max_examples=800)
 @given(problems(**NOT_FINITE))
 def test_torch_hides_and_spreads_no_infinity(p):
     """What is not finite shows where it belongs: see ``check_spread``."""

@@ -94,7 +94,7 @@ check() {
         -p no:cacheprovider
     step verify 160 python3 -m tools.verify --device cuda
     step guarded 60 python3 -m pytest -q tests/test_guarded_memory.py tests/test_determinism.py \
-        tests/test_faults.py -k gpu -p no:cacheprovider
+        tests/test_faults.py -k "cuda or gpu" -p no:cacheprovider
     if ! command -v compute-sanitizer >/dev/null; then
         note "absent  compute-sanitizer: memcheck, racecheck, initcheck not run"
         return

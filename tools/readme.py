@@ -14,7 +14,7 @@ from pathlib import Path
 
 from benchmarks import report
 
-from . import marked
+from . import marked, promises
 
 ROOT = Path(__file__).resolve().parent.parent
 README = ROOT / "README.md"
@@ -44,7 +44,8 @@ def lora_ranks() -> str:
 
 
 DOCS: dict[Path, dict[str, Callable[[], str]]] = {
-    ROOT / "docs" / "serving.md": {"ranks": lora_ranks}
+    ROOT / "docs" / "serving.md": {"ranks": lora_ranks},
+    ROOT / "tests" / "README.md": promises.PARTS,
 }
 PARTS: dict[str, Callable[[], str]] = {"finetune": finetune}
 
