@@ -44,7 +44,7 @@ F32, F64, BF16, F16 = torch.float32, torch.float64, torch.bfloat16, torch.float1
 WIDE = np.finfo(np.longdouble).eps < np.finfo(np.float64).eps
 DTYPES = [F32, BF16, F16, *([F64] if WIDE else [])]
 POOLED_VALUES = 64
-DRAWS, MORE_DRAWS, MORE_DRAWS_INTERPRETED = 8, (64, 256), (16, 32)
+DRAWS, MORE_DRAWS, MORE_DRAWS_INTERPRETED = 8, 64, 16
 OTHER_ORDER = 2.0
 NAMES = ("x", "weight", "bias", "A", "B", "h", "dy")
 LAYOUTS = ("dense", "transposed", "sliced", "padded", "offset", "expanded")
@@ -321,8 +321,8 @@ FIGURES = Figures()
 
 def summed_otherwise(p, name, backend):
     """Whether a CPU's library may sum y and dx in another order than for the reference: products
-    with one row or column, and of few tokens over many lanes. Their errors are up to
-    ``OTHER_ORDER`` times what the rule allows; ``test_regressions.py`` has examples.
+    with one row or column, Gram matrices of few tokens, and long sums of few terms. Their errors
+    are by chance up to ``OTHER_ORDER`` times what the rule allows.
     """
     if backend != "torch" or p.dtype not in (F32, F64) or name not in ("y", "dx"):
         return False
@@ -349,14 +349,8 @@ def pooled_verdicts(p, backend, draws):
     verdicts = {}
     for name in outputs[0][0]:
         got, reference, truth = (torch.stack([o[name] for o in group]) for group in outputs)
-        assert got.dtype == reference.dtype, name
-        if all_underflow(p, truth):
-            continue
-        # Every draw counts alike, by a power of two that rounds nothing.
-        most = truth.abs().reshape(draws, -1).amax(1) if truth.numel() else truth.new_zeros(draws)
-        power = torch.frexp(most).exponent.reshape(-1, *[1] * (truth.dim() - 1))
-        alike = (torch.ldexp(t.double(), -power) for t in (got, reference, truth))
-        verdicts[name] = numerics.judge(name, *alike, p.dtype)
+        if not all_underflow(p, truth):
+            verdicts[name] = numerics.judge(name, got, reference, truth, p.dtype)
     return verdicts
 
 
@@ -375,10 +369,10 @@ def check_rule(p, backend="torch"):
         name: OTHER_ORDER if summed_otherwise(p, name, backend) else 1.0
         for name in ("y", "dW", "dx", "dA", "dB", "dh")
     }
-    for number in (draws, *(MORE_DRAWS if backend == "torch" else MORE_DRAWS_INTERPRETED)):
-        verdicts = pooled_verdicts(p, backend, number)
-        if all(v.ratio <= allowed.get(name, 1.0) for name, v in verdicts.items()):
-            break
+    verdicts = pooled_verdicts(p, backend, draws)
+    if not all(v.ratio <= allowed.get(name, 1.0) for name, v in verdicts.items()):
+        more = MORE_DRAWS if backend == "torch" else MORE_DRAWS_INTERPRETED
+        verdicts = pooled_verdicts(p, backend, more)
     key = f"{backend} {str(p.dtype).removeprefix('torch.')}"
     for name, verdict in verdicts.items():
         assert not verdict.notes and verdict.ratio <= allowed.get(name, 1.0), f"{p}\n{verdict}"
@@ -458,9 +452,6 @@ def problems(draw, backend="torch", most=48, most_rank=20, special="finite", dec
     layouts = [draw(st.sampled_from(LAYOUTS[:-1])) for _ in NAMES]
     if draw(st.integers(0, 2)) == 0:
         layouts[draw(st.integers(0, len(NAMES) - 1))] = "expanded"
-    if dtype == F16 and plan == "composed":
-        # Its gradients are scaled before they are rounded: see test_regressions.py.
-        decades = min(decades, 3)
     p = Problem(
         op=draw(st.sampled_from(["pera_linear"] * 3 + ["delta_weight"])),
         terms=draw(st.sampled_from(TERMS)),
