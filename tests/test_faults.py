@@ -466,7 +466,12 @@ def test_a_bad_triton_cache_is_survived(fault, cache, tmp_path):
         for path in folder.rglob("kernel.json" if fault == "damaged" else "kernel.cubin"):
             path.write_text("{") if fault == "damaged" else path.unlink()
     found = compiled(folder, tmp_path / "script.py")
-    assert found["size"] > 1000 and len(found["told"]) == 1 and str(folder) in found["told"][0]
+    assert found["size"] > 1000
+    if fault == "gone" and not found["told"]:
+        # From 3.9 on Triton itself compiles again what is missing.
+        assert found["own"] is None and list(folder.rglob("kernel.cubin"))
+        return
+    assert len(found["told"]) == 1 and str(folder) in found["told"][0]
     assert not Path(found["own"]).exists()
 
 
