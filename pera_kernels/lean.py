@@ -12,7 +12,15 @@ import torch
 import torch.nn.functional as F
 
 from .lean_adapters import Adapters, add_gradients, add_update
-from .lean_factors import coefficient_gradient, coefficients, contract, expand
+from .lean_factors import (
+    FEW_ROWS,
+    coefficient_gradient,
+    coefficients,
+    contract,
+    expand,
+    product,
+    work_dtype,
+)
 from .ops import tokens
 from .terms import Terms
 
@@ -207,6 +215,8 @@ def _composed_weight(
 ) -> torch.Tensor:
     phi_A = expand(A, terms, weight.dtype)
     phi_B = expand(B.t(), terms, weight.dtype, coefficients(h, A.shape[0], 1.0, terms))
+    if min(weight.shape) <= FEW_ROWS and weight.dtype == work_dtype(weight.dtype):
+        return weight + scale * product(phi_B.t(), phi_A)
     return torch.addmm(weight, phi_B.t(), phi_A, alpha=scale)
 
 
@@ -216,7 +226,7 @@ def delta_forward(
     """ΔW ``(M, N)`` in the dtype of A."""
     c = coefficients(h, A.shape[0], 1.0, terms)
     # Not in place: torch 2.8 refuses to trace that for what a Function returns.
-    return (expand(B.t(), terms, A.dtype, c).t() @ expand(A, terms, A.dtype)) * scale
+    return product(expand(B.t(), terms, A.dtype, c).t(), expand(A, terms, A.dtype)) * scale
 
 
 def delta_backward(

@@ -17,11 +17,13 @@ from . import lean_few
 from .dropout import keep_mask
 from .lean_cache import Expansions, lookup, readable
 from .lean_factors import (
+    FEW_ROWS,
     coefficient_gradient,
     coefficient_gradient_of,
     coefficients,
     contract,
     expand,
+    product,
     work_dtype,
 )
 from .terms import Terms
@@ -32,8 +34,6 @@ Expand = Callable[[], torch.Tensor]
 
 # Up to so many tokens, and no more than R, the pairs' gradients come from Gram matrices.
 FEW_TOKENS = 16
-# Products of so few rows or columns are formed apart from what they are added to.
-FEW_ROWS = 24
 # A CPU's products in bfloat16 have a fixed cost: up to so many tokens float32 is faster.
 SINGLE_TOKENS = 4
 # For so few tokens expansions of at least this rank, even kept ones, take longer to read than Gram
@@ -175,9 +175,9 @@ def _add_product(
     """out + weighted φ, in place. float16 rounds the product, then s times it, as the reference."""
     if out.dtype == torch.float16:
         return out.add_((weighted @ phi).mul_(scale))
-    # A product of few rows or columns is summed term by term: not onto what may be far larger.
+    # What is summed lane by lane is not summed onto what may be far larger.
     if out.dtype != torch.bfloat16 and min(out.shape) <= FEW_ROWS:
-        return out.add_(weighted @ phi)
+        return out.add_(product(weighted, phi))
     return out.addmm_(weighted, phi)
 
 
@@ -288,8 +288,7 @@ def add_gradients(
             if dx is not None and adapters.dropout_p == 0.0:
                 _add_product(dx, vs[-1], weighted_phi_A, scale)
             else:
-                part = vs[-1] @ weighted_phi_A
-                part = adapters.dropped(part)
+                part = adapters.dropped(product(vs[-1], weighted_phi_A))
                 dx = part if dx is None else dx.add_(part)
     if need_A:
         assert x is not None

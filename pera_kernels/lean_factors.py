@@ -27,12 +27,17 @@ __all__ = [
     "contract",
     "expand",
     "lanes",
+    "product",
     "work_dtype",
 ]
 
 # Up to so many numbers are gathered in one tensor for the contraction; one that is larger costs
 # more in fresh memory than the operations it saves.
 GATHER_ELEMENTS = 2**16
+# A library sums a product of so few rows or columns lane by lane, one that is larger in blocks.
+FEW_ROWS = 24
+# So it is given so many lanes at a time.
+BLOCK_LANES = 80
 
 
 class Lanes(NamedTuple):
@@ -55,6 +60,21 @@ class Lanes(NamedTuple):
 def work_dtype(dtype: torch.dtype) -> torch.dtype:
     """At least float32."""
     return torch.promote_types(dtype, torch.float32)
+
+
+def product(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """a b ``(T, C)``, summed over K lanes in blocks however few T or C are."""
+    (T, K), C = a.shape, b.shape[1]
+    blocks = K // BLOCK_LANES
+    if min(T, C) > FEW_ROWS or blocks < 2 or a.dtype in (torch.bfloat16, torch.float16):
+        return a @ b
+    split = blocks * BLOCK_LANES
+    parts = torch.bmm(
+        a[:, :split].unflatten(1, (blocks, BLOCK_LANES)).transpose(0, 1),
+        b[:split].unflatten(0, (blocks, BLOCK_LANES)),
+    )
+    out = parts.sum(0)
+    return out if split == K else out + a[:, split:] @ b[split:]
 
 
 _lane_cache: dict[tuple[int, str, torch.device], Lanes] = {}

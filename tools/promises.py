@@ -78,8 +78,7 @@ def mutants() -> str:
 PROMISES: tuple[tuple[str, str, Callable[[], str] | str], ...] = (
     (
         "Outputs and gradients: maximum and RMS error at most twice those of the reference in the "
-        "same dtype, plus a few ulps (twice that where a CPU library sums few rows in another "
-        "order); for any shape, rank, stride, dtype, scale",
+        "same dtype, plus a few ulps; for any shape, rank, stride, dtype, scale",
         "`test_properties.py`, `test_numerics.py`, `test_regressions.py`; "
         "`python -m pera_kernels verify`",
         properties,
