@@ -9,6 +9,7 @@ usage() {
 usage: tools/gpu_check.sh PART OUT [--again]
 
   check   environment, tests, every op against float64, compute-sanitizer where it is installed
+                                                                      -> OUT/promises.jsonl
   bench   every contender, every kernel alone, host time of a call    -> OUT/rows.jsonl
   layer   training step of a decoder layer                            -> OUT/decoder.jsonl
   tune    tiles for this GPU                                          -> OUT/tune-*.jsonl, OUT/sm_*.json
@@ -94,7 +95,8 @@ check() {
         -p no:cacheprovider
     step verify 160 python3 -m tools.verify --device cuda
     step guarded 60 python3 -m pytest -q tests/test_guarded_memory.py tests/test_determinism.py \
-        tests/test_faults.py -k "cuda or gpu" -p no:cacheprovider
+        tests/test_faults.py -k "cuda or gpu or streams or graph" -p no:cacheprovider \
+        --record "$out/promises.jsonl"
     if ! command -v compute-sanitizer >/dev/null; then
         note "absent  compute-sanitizer: memcheck, racecheck, initcheck not run"
         return

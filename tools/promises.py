@@ -19,42 +19,120 @@ def _rows(name: str) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 
-def _faults(test: str) -> list[dict[str, Any]]:
-    """The latest row of every test of this name."""
-    latest = {row["test"]: row for row in _rows("faults.jsonl") if f"::{test}" in row["test"]}
+def _recorded(test: str, gpu: bool = False) -> list[dict[str, Any]]:
+    """The latest row of every test, and case of a test, of this name."""
+    rows = [row for row in _rows("promises.jsonl") if (row["device"] != "cpu") == gpu]
+    latest = {row["test"]: row for row in rows if test in row["test"].partition("[")[0]}
     return list(latest.values())
 
 
+def _figures(test: str, told: Callable[[list[dict[str, Any]]], str], gpu: bool = False) -> str:
+    rows = _recorded(test, gpu)
+    return told(rows) if rows else NOT_MEASURED
+
+
 def kills() -> str:
-    if not (rows := _faults("test_killed_during_a_save")):
-        return NOT_MEASURED
-    row = rows[-1]
-    return (
-        f"{row['kills']} kills: {row['old']} times the one checkpoint, {row['new']} times the other"
-        f" (in {row['between']} beside another readable configuration, with a warning)"
+    return _figures(
+        "::test_killed_during_a_save",
+        lambda rows: (
+            "{kills} kills: {old} times the one checkpoint, {new} times the other (in {between} "
+            "beside another readable configuration, with a warning)".format(**rows[-1])
+        ),
     )
 
 
 def corruptions() -> str:
-    if not (rows := _faults("test_200_random_corruptions")):
-        return NOT_MEASURED
-    row = rows[-1]
-    return (
-        f"{row['corruptions']} corruptions: {row['refused']} refused, {row['loaded_exactly']} "
-        "loaded exactly"
+    return _figures(
+        "::test_200_random_corruptions",
+        lambda rows: (
+            "{corruptions} corruptions: {refused} refused, {loaded_exactly} loaded exactly".format(
+                **rows[-1]
+            )
+        ),
     )
 
 
 def hostile() -> str:
-    if not (rows := _faults("test_hostile_files")):
-        return NOT_MEASURED
-    return f"{rows[-1]['refused']} of {rows[-1]['hostile_files']} refused within 2 GiB"
+    return _figures(
+        "::test_hostile_files",
+        lambda rows: "{refused} of {hostile_files} refused within 2 GiB".format(**rows[-1]),
+    )
 
 
 def out_of_memory() -> str:
-    if not (rows := _faults("test_out_of_memory")):
-        return NOT_MEASURED
-    return f"at each of {sum(row['operations'] for row in rows):,} operations in {len(rows)} cases"
+    return _figures(
+        "::test_out_of_memory",
+        lambda rows: (
+            f"at each of {sum(row['operations'] for row in rows):,} operations in {len(rows)} cases"
+        ),
+    )
+
+
+def pickles() -> str:
+    return _figures(
+        "::test_a_pickle_with_code",
+        lambda rows: "{refused} hostile pickles refused, none ran".format(**rows[-1]),
+    )
+
+
+def caches() -> str:
+    return _figures(
+        "::test_a_bad_triton_cache",
+        lambda rows: f"{sum(row['faults'] for row in rows)} faults survived",
+    )
+
+
+def bits() -> str:
+    def told(rows: list[dict[str, Any]]) -> str:
+        return f"{sum(row['runs'] for row in rows):,} runs of {len(rows)} problems"
+
+    cpu = _figures("::test_a_hundred_runs_on_the_torch", told)
+    interpreted = _figures("::test_runs_of_the_interpreted", told)
+    gpu = _figures("::test_a_hundred_runs_on_a_gpu", told, gpu=True)
+    return f"`torch` on a CPU: {cpu}; interpreted kernels: {interpreted}; on a GPU: {gpu}"
+
+
+def threads() -> str:
+    def calls(rows: list[dict[str, Any]]) -> str:
+        total = sum(row["threads"] * row["calls"] for row in rows)
+        return f"{total:,} calls from {rows[-1]['threads']} threads at once"
+
+    def streams(rows: list[dict[str, Any]]) -> str:
+        return f"{sum(row['streams'] * row['calls'] for row in rows):,} calls"
+
+    def graphs(rows: list[dict[str, Any]]) -> str:
+        return f"{sum(row['replays'] for row in rows):,} replays"
+
+    return (
+        f"{_figures('::test_eight_threads', calls)}; two streams: "
+        f"{_figures('::test_two_streams', streams, gpu=True)}; captured graphs: "
+        f"{_figures('::test_every_replay', graphs, gpu=True)}"
+    )
+
+
+def addresses() -> str:
+    def told(rows: list[dict[str, Any]]) -> str:
+        return f"{max(row['elements'] for row in rows):,} elements a tensor"
+
+    return (
+        "in the interpreter, by strides over little storage; on a GPU: "
+        f"{_figures('::test_more_than_2_31_elements', told, gpu=True)}"
+    )
+
+
+def passed(*files: str) -> Callable[[], str]:
+    """How many tests of these files passed, failed and were skipped."""
+
+    def told() -> str:
+        counts: Counter[str] = Counter()
+        for file in files:
+            for row in _recorded(file):
+                if "::" not in row["test"]:
+                    counts.update({key: row[key] for key in ("passed", "failed", "skipped")})
+        shown = [f"{counts[key]:,} {key}" for key in ("passed", "failed", "skipped") if counts[key]]
+        return ", ".join(shown) or NOT_MEASURED
+
+    return told
 
 
 def properties() -> str:
@@ -75,7 +153,10 @@ def mutants() -> str:
     return f"{len(rows)} mutants: " + ", ".join(f"{n} {state}" for state, n in states.items())
 
 
-PROMISES: tuple[tuple[str, str, Callable[[], str] | str], ...] = (
+MEMORY = "test_guarded_memory.py"
+BAD_INPUT = tuple(f"test_{name}.py" for name in ("bad_input", "checkpoint", "peft", "command_line"))
+
+PROMISES: tuple[tuple[str, str, Callable[[], str]], ...] = (
     (
         "Outputs and gradients: maximum and RMS error at most twice those of the reference in the "
         "same dtype, plus a few ulps; for any shape, rank, stride, dtype, scale",
@@ -83,18 +164,24 @@ PROMISES: tuple[tuple[str, str, Callable[[], str] | str], ...] = (
         "`python -m pera_kernels verify`",
         properties,
     ),
-    ("The same bits in every run and in every thread", "`test_determinism.py`", "100 runs"),
+    ("The same bits in every run", "`test_determinism.py`", bits),
+    (
+        "The same bits in every thread, stream and captured graph",
+        "`test_determinism.py::test_eight_threads_*`, `::test_two_streams_*`, "
+        "`::test_every_replay_*`",
+        threads,
+    ),
     (
         "No uninitialised memory is read, nothing outside the outputs is written, inputs are never "
-        "modified",
-        "`test_guarded_memory.py`",
-        "canaries on both sides of every input",
+        "modified: canaries on both sides of every input, fresh memory full of NaN",
+        f"`{MEMORY}`",
+        passed(MEMORY),
     ),
-    ("Addresses past 2³¹ elements", "`test_guarded_memory.py`", "in the interpreter"),
+    ("Addresses past 2³¹ elements", f"`{MEMORY}`", addresses),
     (
         "Bad input: an error that names the argument, nothing changed",
-        "`test_bad_input.py`, `test_checkpoint.py`, `test_peft.py`, `test_command_line.py`",
-        "",
+        ", ".join(f"`{file}`" for file in BAD_INPUT),
+        passed(*BAD_INPUT),
     ),
     (
         "A save that is killed leaves the old checkpoint or the new one",
@@ -114,7 +201,7 @@ PROMISES: tuple[tuple[str, str, Callable[[], str] | str], ...] = (
     (
         "Loading runs no code",
         "`test_checkpoint.py::test_a_pickle_with_code_does_not_run`",
-        "",
+        pickles,
     ),
     (
         "Out of memory anywhere leaves layers usable and models as they were",
@@ -125,7 +212,7 @@ PROMISES: tuple[tuple[str, str, Callable[[], str] | str], ...] = (
     (
         "A Triton cache that is damaged or cannot be written is survived",
         "`test_faults.py::test_a_bad_triton_cache_is_survived`",
-        "",
+        caches,
     ),
     ("The suite notices a broken line", "`python -m tools.mutate`", mutants),
 )
@@ -134,8 +221,7 @@ PROMISES: tuple[tuple[str, str, Callable[[], str] | str], ...] = (
 def promises() -> str:
     lines = ["| promise | test | last figure |", "|---|---|---|"]
     for promise, test, figure in PROMISES:
-        told = figure() if callable(figure) else figure
-        lines.append(f"| {promise} | {test} | {told} |")
+        lines.append(f"| {promise} | {test} | {figure()} |")
     return "\n".join(lines)
 
 
