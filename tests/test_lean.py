@@ -436,3 +436,13 @@ def test_zero_coefficients_with_part_of_the_gradients(wanted):
         y = pk.pera_linear(p.x, p.weight, p.A, p.B, h, p.bias, backend=backend)
         got += torch.autograd.grad(y, getattr(p, wanted), p.dy)
     torch.testing.assert_close(*got, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("K", [79, 160, 165, 320])
+@pytest.mark.parametrize("T, C", [(1, 7), (24, 25), (30, 2), (30, 30)])
+def test_product_of_any_number_of_lanes(T, C, K):
+    """Summed in blocks or not, whatever the strides."""
+    a, b = torch.randn(K, T).t(), torch.randn(K, C)
+    torch.testing.assert_close(
+        lean_factors.product(a, b).double(), a.double() @ b.double(), rtol=1e-5, atol=1e-5
+    )
