@@ -444,5 +444,5 @@ def test_product_of_any_number_of_lanes(T, C, K):
     """Summed in blocks or not, whatever the strides."""
     a, b = torch.randn(K, T).t(), torch.randn(K, C)
     torch.testing.assert_close(
-        lean_factors.product(a, b).double(), a.double() @ b.double(), rtol=1e-5, atol=1e-5
+        lean_factors.product(a, b).double(), a.double() @ b.double(), rtol=1e-5, atol=1e-4
     )
