@@ -253,8 +253,30 @@ def compatibility() -> str:
     return "\n".join(lines)
 
 
+CHECKED = {
+    "contents": "the package and nothing else",
+    "installed": "built, installed and used outside the checkout",
+    "licence": "licences of all dependencies are permissive (MPL-2.0 in extras only)",
+    "advisories": "known vulnerabilities of all dependencies, by pip-audit",
+}
+
+
+def supply_chain() -> str:
+    rows = _rows("supply_chain.jsonl")
+    if not rows:
+        return "Not measured."
+    lines = ["| check | of | result |", "|---|---|---|"]
+    for check, words in CHECKED.items():
+        own = [row for row in rows if row["check"] == check]
+        states = Counter(row["status"] for row in own)
+        result = ", ".join(f"{n} {state}" for state, n in states.items())
+        lines.append(f"| {words} | {', '.join(row['name'] for row in own)} | {result} |")
+    return "\n".join(lines)
+
+
 PARTS: dict[str, Callable[[], str]] = {
     "promises": promises,
     "mutations": mutations,
     "compatibility": compatibility,
+    "supply chain": supply_chain,
 }
