@@ -307,7 +307,6 @@ def test_a_contraction_reads_far_rows_and_columns(which, stride, kind, sparse):
     assert torch.equal(contracted(launch, left, x, factor), near) and near.any()
 
 
-@pytest.mark.xfail(reason="contract_kernel: offs_k * stride_left_k is a 32-bit product")
 def test_a_contraction_reads_far_lanes(sparse):
     """delta_weight passes φ(B)ᵀ, whose lanes are M apart: lanes · M may pass 2**31."""
     launch = interpreted()
@@ -317,10 +316,7 @@ def test_a_contraction_reads_far_lanes(sparse):
     assert torch.equal(contracted(launch, far, x, factor), near)
 
 
-FAR_SUMS = pytest.mark.xfail(reason="contract_kernel: split * stride_df_split is a 32-bit product")
-
-
-@pytest.mark.parametrize("which", [pytest.param("df", marks=FAR_SUMS), "dh"])
+@pytest.mark.parametrize("which", ["df", "dh"])
 def test_a_contraction_writes_far_partial_sums(which, sparse, monkeypatch):
     """Partial sums of df lie R · N apart, those of dh L: their number times that may pass 2**31."""
     launch = interpreted()

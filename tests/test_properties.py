@@ -44,7 +44,8 @@ F32, F64, BF16, F16 = torch.float32, torch.float64, torch.bfloat16, torch.float1
 WIDE = np.finfo(np.longdouble).eps < np.finfo(np.float64).eps
 DTYPES = [F32, BF16, F16, *([F64] if WIDE else [])]
 POOLED_VALUES = 64
-DRAWS, MORE_DRAWS, MORE_DRAWS_INTERPRETED = 8, 64, 16
+DRAWS, MORE_DRAWS_INTERPRETED = 8, 16
+MORE_DRAWS, MORE_POOLED_VALUES = 64, 1024
 NAMES = ("x", "weight", "bias", "A", "B", "h", "dy")
 LAYOUTS = ("dense", "transposed", "sliced", "padded", "offset", "expanded")
 
@@ -352,14 +353,15 @@ def check_rule(p, backend="torch"):
     verdict that chance may have spoken is asked for again with many more draws.
     """
     sizes = [math.prod(shapes(p)[name]) for name in ("dy", *p.differentiated)]
-    draws = min(DRAWS, -(-POOLED_VALUES // min(filter(None, sizes), default=POOLED_VALUES)))
+    fewest = min(filter(None, sizes), default=POOLED_VALUES)
+    draws = min(DRAWS, -(-POOLED_VALUES // fewest))
     inputs = [make_inputs(p, draw) for draw in range(draws)]
     if max(largest(p, own) for own in inputs) > limit(p) / 4:
         return check_overflow(p, inputs[0], backend)
-    verdicts = pooled_verdicts(p, backend, draws)
+    verdicts, interpreted = pooled_verdicts(p, backend, draws), backend == "triton"
     if not all(v.passed for v in verdicts.values()):
-        more = MORE_DRAWS if backend == "torch" else MORE_DRAWS_INTERPRETED
-        verdicts = pooled_verdicts(p, backend, more)
+        more = max(MORE_DRAWS, -(-MORE_POOLED_VALUES // fewest))
+        verdicts = pooled_verdicts(p, backend, MORE_DRAWS_INTERPRETED if interpreted else more)
     key = f"{backend} {str(p.dtype).removeprefix('torch.')}"
     for verdict in verdicts.values():
         assert verdict.passed, f"{p}\n{verdict}"

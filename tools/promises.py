@@ -146,8 +146,13 @@ def properties() -> str:
     )
 
 
+def _mutations() -> list[dict[str, Any]]:
+    """The latest row of every mutant."""
+    return list({row["name"]: row for row in _rows("mutations.jsonl")}.values())
+
+
 def mutants() -> str:
-    if not (rows := _rows("mutations.jsonl")):
+    if not (rows := _mutations()):
         return NOT_MEASURED
     states = Counter(row["status"] for row in rows)
     return f"{len(rows)} mutants: " + ", ".join(f"{n} {state}" for state, n in states.items())
@@ -226,7 +231,7 @@ def promises() -> str:
 
 
 def mutations() -> str:
-    rows = _rows("mutations.jsonl")
+    rows = _mutations()
     if not rows:
         return "Not measured."
     lines = ["| mutant | file | what it breaks | killed by |", "|---|---|---|---|"]

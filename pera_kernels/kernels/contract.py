@@ -95,8 +95,9 @@ def contract_kernel(
         sums = ()
         for piece in tl.static_range(PIECES):
             offs_k = first_lane + piece * BLOCK_K + tl.arange(0, BLOCK_K)
+            left_lanes = offs_k.to(tl.int64)[None, :] * stride_left_k
             left = tl.load(
-                left_ptr + rows[:, None] * stride_left_t + offs_k[None, :] * stride_left_k,
+                left_ptr + rows[:, None] * stride_left_t + left_lanes,
                 mask=mask_t[:, None] & (offs_k < lanes)[None, :],
                 other=0.0,
             )
@@ -135,7 +136,7 @@ def contract_kernel(
     if HAS_DF:
         tl.store(
             df_ptr
-            + split * stride_df_split
+            + split.to(tl.int64) * stride_df_split
             + offs_r[:, None] * stride_df_r
             + offs_n[None, :] * stride_df_n,
             round_to(df, df_ptr.dtype.element_ty),
