@@ -271,9 +271,10 @@ def project(
     factor: Expansion,
     *,
     out: torch.Tensor,
+    scale: float = 1.0,
     dropout: Dropout = NO_DROPOUT,
 ) -> Sum | None:
-    """out = dropout(x) φ(factor)ᵀ: x ``(T, N)``, out ``(T, lanes)`` in circular order, of any row
+    """out = s dropout(x) φ(factor)ᵀ: x ``(T, N)``, out ``(T, lanes)`` in circular order, of any row
     stride.
 
     Where x was split along N, it is not there yet: the sum that makes it is returned.
@@ -297,7 +298,7 @@ def project(
         x_ptr=x,
         f_ptr=rows,
         u_ptr=target,
-        keep_scale=dropout.keep_scale,
+        scale=scale * dropout.keep_scale,
         T=T,
         N=N,
         lanes=lanes,
@@ -367,12 +368,13 @@ def update(
     sources: Sequence[Source],
     sinks: Sequence[Sink],
     *,
-    scale: float,
+    scale: float = 1.0,
+    scale_u: float = 1.0,
     drop_x: Dropout = NO_DROPOUT,
     drop_out: Dropout = NO_DROPOUT,
 ) -> torch.Tensor:
     """Project the sources on their factors, add what they give to the sinks; returns u
-    ``(T, lanes)``.
+    ``(T, lanes)``, which has ``scale_u`` in it. ``scale`` meets what is added alone.
 
     The forward of one layer is one of each. Projections that share their input are one source, a
     stack of factors, with a sink for each; in the gradient of that input it is the other way round.
@@ -391,7 +393,7 @@ def update(
     pending, column = [], 0
     for source, factor in zip(sources, onto, strict=True):
         target = u[:, column : column + factor.lanes]
-        sums = project(source.x, factor, out=target, dropout=drop_x)
+        sums = project(source.x, factor, out=target, scale=scale_u, dropout=drop_x)
         if sums is not None:
             pending.append(sums)
         column += factor.lanes

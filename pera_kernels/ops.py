@@ -129,7 +129,8 @@ def _backward(
     if dx is not None or need_A:
         sources = [launch.Source(row, factor) for row, factor in zip(rows, factors, strict=True)]
         sinks = [] if dx is None else [launch.Sink(stack, base_dx, tokens(dx))]
-        v = launch.update(sources, sinks, scale=scale, drop_out=dropout)
+        # s v is rounded, as autograd does to the reference: a small v underflows in float16.
+        v = launch.update(sources, sinks, scale_u=scale, drop_out=dropout)
     sums = []
     for g, (row, factor, h) in enumerate(zip(rows, factors, hs, strict=True)):
         # dh comes with the contraction to dB, from u and dy: it never asks for x.
@@ -139,7 +140,7 @@ def _backward(
         if u is None:
             assert x is not None
             bare = launch.Factor(stack.rows, None, R, terms, len(As))
-            u = launch.update([launch.Source(tokens(x), bare)], [], scale=scale, drop_x=dropout)
+            u = launch.update([launch.Source(tokens(x), bare)], [], drop_x=dropout)
         sums += launch.contract(
             u[:, g * width : (g + 1) * width],
             row,
@@ -165,7 +166,7 @@ def _backward(
         for factor, dA, column in targets:
             own = v[:, column : column + factor.lanes]
             sums += launch.contract(
-                own, tokens(x), factor, df=dA, dh=None, scale=scale, dropout=dropout
+                own, tokens(x), factor, df=dA, dh=None, scale=1.0, dropout=dropout
             )
     for start in range(0, len(sums), 3):
         launch.sum_partials(sums[start : start + 3])

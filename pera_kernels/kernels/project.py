@@ -11,7 +11,7 @@ def project_kernel(
     seed_ptr,
     u_ptr,
     drop_threshold,
-    keep_scale,
+    scale,
     T,
     N,
     lanes,
@@ -34,12 +34,12 @@ def project_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """u = x̂ φ(f)ᵀ, without the coefficients; x̂ = dropout(x).
+    """u = scale · x̂ φ(f)ᵀ, without the coefficients; x̂ is x with the dropped elements zero.
 
     x (T, N), f (MEMBERS · R, N) -> u (T, lanes) in circular order, zero in unused lanes. A program
     holds PIECES accumulators of BLOCK_K lanes, so that x is read once for all of them. With several
-    splits along N each writes its partial sum to u[split] in float32. Accumulates in float32; φ is
-    rounded once to the dtype of x.
+    splits along N each writes its partial sum to u[split] in float32. Accumulates and scales in
+    float32; φ is rounded once to the dtype of x.
     """
     # The lane blocks of a token block are neighbours in launch order: they share x through the L2.
     blocks_k = tl.cdiv(lanes, PIECES * BLOCK_K)
@@ -85,11 +85,8 @@ def project_kernel(
 
     for piece in tl.static_range(PIECES):
         offs_k = first_lane + piece * BLOCK_K + tl.arange(0, BLOCK_K)
-        u = accs[piece]
-        if HAS_DROPOUT:
-            u *= keep_scale
         tl.store(
             u_ptr + split * stride_u_split + offs_t[:, None] * stride_u_t + offs_k[None, :],
-            round_to(u, u_ptr.dtype.element_ty),
+            round_to(accs[piece] * scale, u_ptr.dtype.element_ty),
             mask=mask_t[:, None] & (offs_k < lanes)[None, :],
         )
