@@ -246,7 +246,7 @@ def compatibility() -> str:
     rows = _rows("compat.jsonl")
     if not rows:
         return "Not measured."
-    head = ["python", "torch", "triton", "numpy", "result"]
+    head = ["name", "python", "torch", "triton", "numpy", "checks", "result"]
     lines = [f"| {' | '.join(head)} |", f"|{'---|' * len(head)}"]
     for row in rows:
         counts = f"{row['passed']} passed" if row.get("passed") else ""
