@@ -13,13 +13,12 @@ import torch.nn.functional as F
 
 from .lean_adapters import Adapters, add_gradients, add_update
 from .lean_factors import (
-    FEW_ROWS,
     coefficient_gradient,
     coefficients,
     contract,
     expand,
     product,
-    work_dtype,
+    summed_lane_by_lane,
 )
 from .ops import tokens
 from .terms import Terms
@@ -215,7 +214,7 @@ def _composed_weight(
 ) -> torch.Tensor:
     phi_A = expand(A, terms, weight.dtype)
     phi_B = expand(B.t(), terms, weight.dtype, coefficients(h, A.shape[0], 1.0, terms))
-    if min(weight.shape) <= FEW_ROWS and weight.dtype == work_dtype(weight.dtype):
+    if summed_lane_by_lane(weight.shape, weight.dtype):
         return weight + scale * product(phi_B.t(), phi_A)
     return torch.addmm(weight, phi_B.t(), phi_A, alpha=scale)
 

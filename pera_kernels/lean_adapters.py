@@ -17,13 +17,13 @@ from . import lean_few
 from .dropout import keep_mask
 from .lean_cache import Expansions, lookup, readable
 from .lean_factors import (
-    FEW_ROWS,
     coefficient_gradient,
     coefficient_gradient_of,
     coefficients,
     contract,
     expand,
     product,
+    summed_lane_by_lane,
     work_dtype,
 )
 from .terms import Terms
@@ -175,8 +175,8 @@ def _add_product(
     """out + weighted φ, in place. float16 rounds the product, then s times it, as the reference."""
     if out.dtype == torch.float16:
         return out.add_((weighted @ phi).mul_(scale))
-    # What is summed lane by lane is not summed onto what may be far larger.
-    if out.dtype != torch.bfloat16 and min(out.shape) <= FEW_ROWS:
+    # Not onto what may be far larger: every lane would be rounded at its size.
+    if summed_lane_by_lane(out.shape, out.dtype):
         return out.add_(product(weighted, phi))
     return out.addmm_(weighted, phi)
 

@@ -7,6 +7,7 @@ factor with its first rows repeated gives all partners.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -28,6 +29,7 @@ __all__ = [
     "expand",
     "lanes",
     "product",
+    "summed_lane_by_lane",
     "work_dtype",
 ]
 
@@ -62,11 +64,18 @@ def work_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
 
 
+def summed_lane_by_lane(shape: Sequence[int], dtype: torch.dtype) -> bool:
+    """Whether the rounding errors of such a product grow with every lane. Those of half precision
+    are far below its own rounding.
+    """
+    return min(shape) <= FEW_ROWS and dtype == work_dtype(dtype)
+
+
 def product(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     """a b ``(T, C)``, summed over K lanes in blocks however few T or C are."""
     (T, K), C = a.shape, b.shape[1]
     blocks = K // BLOCK_LANES
-    if min(T, C) > FEW_ROWS or blocks < 2 or a.dtype in (torch.bfloat16, torch.float16):
+    if blocks < 2 or not summed_lane_by_lane((T, C), a.dtype):
         return a @ b
     split = blocks * BLOCK_LANES
     parts = torch.bmm(

@@ -4,27 +4,34 @@ import pytest
 import torch
 
 import pera_kernels as pk
-from pera_kernels.backends import unavailable
 from pera_kernels.dropout import draw_seed, keep_mask
 
 
-def test_triton_kernels_draw_the_bits_of_the_definition(device):
-    """With A the identity the projection is the dropped input: the mask, element by element."""
-    if (reason := unavailable("triton", device)) is not None:
-        pytest.skip(reason)
+def kept_by_a_kernel(T, N, p, seed):
+    """With A the identity the projection of ones is the dropped input: the mask."""
     from pera_kernels import launch
 
-    T, N, p = 77, 32, 0.3
-    for value in (0, 1, 2**31 + 5, 2**61 + 12345):
-        seed = torch.tensor([value], device=device)
-        u = torch.empty(T, N, device=device)
-        launch.project(
-            torch.ones(T, N, device=device),
-            launch.Expanded(torch.eye(N, device=device)),
-            out=u,
-            dropout=launch.Dropout(p, seed),
-        )
-        assert torch.equal(u != 0, keep_mask(seed, T, N, p))
+    u = torch.empty(T, N, device=seed.device)
+    launch.project(
+        torch.ones(T, N, device=seed.device),
+        launch.Expanded(torch.eye(N, device=seed.device)),
+        out=u,
+        dropout=launch.Dropout(p, seed),
+    )
+    return u != 0
+
+
+@pytest.mark.parametrize("value", [0, 1, 2**31 + 5, 2**61 + 12345])
+def test_triton_kernels_draw_the_bits_of_the_definition(value, triton_backend, device):
+    T, N, p, seed = 77, 32, 0.3, torch.tensor([value], device=device)
+    assert torch.equal(kept_by_a_kernel(T, N, p, seed), keep_mask(seed, T, N, p))
+
+
+def test_the_kernels_threshold_is_that_of_the_definition(triton_backend, device):
+    T, N, p, seed = 8192, 16, 2.0**-16, torch.tensor([3], device=device)
+    expected = keep_mask(seed, T, N, p)
+    assert not torch.equal(expected, keep_mask(seed, T, N, 2 * p))
+    assert torch.equal(kept_by_a_kernel(T, N, p, seed), expected)
 
 
 @pytest.mark.parametrize("p", [0.05, 0.25, 0.9])

@@ -195,23 +195,6 @@ def test_an_element_whose_lot_is_the_threshold_survives():
     assert 0 < int((~one).sum()) < int((~two).sum()) and bool((one | ~two).all())
 
 
-def test_the_kernels_threshold_is_that_of_the_definition(triton_backend, device):
-    from pera_kernels import launch
-
-    T, N, p = 8192, 16, 2.0**-16
-    seed = torch.tensor([3], device=device)
-    expected = keep_mask(seed, T, N, p)
-    assert not torch.equal(expected, keep_mask(seed, T, N, 2 * p))
-    u = torch.empty(T, N, device=device)
-    launch.project(
-        torch.ones(T, N, device=device),
-        launch.Expanded(torch.eye(N, device=device)),
-        out=u,
-        dropout=launch.Dropout(p, seed),
-    )
-    assert torch.equal(u != 0, expected)
-
-
 # ---- kept expansions
 
 

@@ -31,32 +31,9 @@ def _figures(test: str, told: Callable[[list[dict[str, Any]]], str], gpu: bool =
     return told(rows) if rows else NOT_MEASURED
 
 
-def kills() -> str:
-    return _figures(
-        "::test_killed_during_a_save",
-        lambda rows: (
-            "{kills} kills: {old} times the one checkpoint, {new} times the other (in {between} "
-            "beside another readable configuration, with a warning)".format(**rows[-1])
-        ),
-    )
-
-
-def corruptions() -> str:
-    return _figures(
-        "::test_200_random_corruptions",
-        lambda rows: (
-            "{corruptions} corruptions: {refused} refused, {loaded_exactly} loaded exactly".format(
-                **rows[-1]
-            )
-        ),
-    )
-
-
-def hostile() -> str:
-    return _figures(
-        "::test_hostile_files",
-        lambda rows: "{refused} of {hostile_files} refused within 2 GiB".format(**rows[-1]),
-    )
+def last(test: str, text: str) -> Callable[[], str]:
+    """The figures of the latest run of one test, put into words."""
+    return lambda: _figures(test, lambda rows: text.format(**rows[-1]))
 
 
 def out_of_memory() -> str:
@@ -65,13 +42,6 @@ def out_of_memory() -> str:
         lambda rows: (
             f"at each of {sum(row['operations'] for row in rows):,} operations in {len(rows)} cases"
         ),
-    )
-
-
-def pickles() -> str:
-    return _figures(
-        "::test_a_pickle_with_code",
-        lambda rows: "{refused} hostile pickles refused, none ran".format(**rows[-1]),
     )
 
 
@@ -135,15 +105,27 @@ def passed(*files: str) -> Callable[[], str]:
     return told
 
 
-def properties() -> str:
+def _random_cases(kind: str) -> tuple[str, dict[str, Any]] | None:
+    """How the last long run ended on the checks of this kind, and its row."""
     if not (rows := _rows("properties.jsonl")):
-        return NOT_MEASURED
+        return None
     row = rows[-1]
-    worst = max(row["worst_ratio"].values())
-    return (
-        f"{row['cases']:,} random cases, {row['failures']} of {len(row['by_check'])} checks ended "
-        f"early at a failure; worst error {worst} of what is allowed"
-    )
+    checks = {name: n for name, n in row["by_check"].items() if name.endswith(kind)}
+    failed = [name for name in checks if name in row["failed"]]
+    told = f"{sum(checks.values()):,} random cases, "
+    return told + (f"failed: {', '.join(failed)}" if failed else "no failure"), row
+
+
+def properties() -> str:
+    if (found := _random_cases("rule")) is None:
+        return NOT_MEASURED
+    told, row = found
+    return f"{told}; worst error {max(row['worst_ratio'].values())} of what is allowed"
+
+
+def infinities() -> str:
+    found = _random_cases("not finite")
+    return NOT_MEASURED if found is None else found[0]
 
 
 def _mutations() -> list[dict[str, Any]]:
@@ -169,6 +151,13 @@ PROMISES: tuple[tuple[str, str, Callable[[], str]], ...] = (
         "`python -m pera_kernels verify`",
         properties,
     ),
+    (
+        "Infinities and NaN: what is not finite in the truth is never finite, what is finite there "
+        "stays finite; which of the two, in y of the factored `torch` plan. Exceptions: "
+        "`check_spread`",
+        "`test_properties.py::check_spread`",
+        infinities,
+    ),
     ("The same bits in every run", "`test_determinism.py`", bits),
     (
         "The same bits in every thread, stream and captured graph",
@@ -191,22 +180,29 @@ PROMISES: tuple[tuple[str, str, Callable[[], str]], ...] = (
     (
         "A save that is killed leaves the old checkpoint or the new one",
         "`test_faults.py::test_killed_during_a_save_at_50_points`",
-        kills,
+        last(
+            "::test_killed_during_a_save",
+            "{kills} kills: {old} times the one checkpoint, {new} times the other (in {between} "
+            "beside another readable configuration, with a warning)",
+        ),
     ),
     (
         "A damaged file is refused, or loads exactly",
         "`test_faults.py::test_200_random_corruptions_are_refused_or_load_exactly`",
-        corruptions,
+        last(
+            "::test_200_random_corruptions",
+            "{corruptions} corruptions: {refused} refused, {loaded_exactly} loaded exactly",
+        ),
     ),
     (
         "A hostile file does not exhaust memory",
         "`test_faults.py::test_hostile_files_do_not_exhaust_memory`",
-        hostile,
+        last("::test_hostile_files", "{refused} of {hostile_files} refused within {gib} GiB"),
     ),
     (
         "Loading runs no code",
         "`test_checkpoint.py::test_a_pickle_with_code_does_not_run`",
-        pickles,
+        last("::test_a_pickle_with_code", "{refused} hostile pickles refused, none ran"),
     ),
     (
         "Out of memory anywhere leaves layers usable and models as they were",
