@@ -21,6 +21,13 @@ class Judgement:
     error_ratio: float | None = None
     failure: str | None = None
 
+    @classmethod
+    def of(cls, error: Exception) -> Judgement:
+        """Whatever a contender raises, another project's code among them, is its failure: it stands
+        in the rows, and the exit status is 1.
+        """
+        return cls(failure=f"{type(error).__name__}: {error}".splitlines()[0])
+
 
 @dataclass(frozen=True)
 class _Draw:
@@ -98,7 +105,7 @@ def _judge(contender: Contender, expected: list[_Draw]) -> Judgement:
             layer = contender.build(draw.case, draw.inputs)
             got.append(outputs(layer, draw.case, draw.inputs))
     except Exception as error:
-        return Judgement(failure=f"{type(error).__name__}: {error}".splitlines()[0])
+        return Judgement.of(error)
     absent = set(expected[0].truth) - set(got[0])
     if layer.trains and absent:
         return Judgement(failure=f"no {', '.join(sorted(absent))}")

@@ -26,6 +26,7 @@ __all__ = [
     "Row",
     "append",
     "case_key",
+    "commit",
     "default_file",
     "dtype_name",
     "host",
@@ -146,7 +147,7 @@ def _cpu_name() -> str:
     return found[1].strip() if found else platform.processor() or platform.machine()
 
 
-def _commit() -> str | None:
+def commit() -> str | None:
     """The commit of this checkout, "+" where the package differs from it; None outside one."""
     if not (ROOT / ".git").exists():
         return None
@@ -158,8 +159,8 @@ def _commit() -> str | None:
             return None
         return done.stdout.strip() if done.returncode == 0 else None
 
-    commit = git("rev-parse", "--short=12", "HEAD")
-    return commit and commit + ("+" if git("status", "--porcelain", "pera_kernels") else "")
+    head = git("rev-parse", "--short=12", "HEAD")
+    return head and head + ("+" if git("status", "--porcelain", "pera_kernels") else "")
 
 
 def _triton() -> str | None:
@@ -176,7 +177,7 @@ def host(device: torch.device) -> Host:
         threads = torch.get_num_threads()
         name = f"{_cpu_name()}, {threads} thread{'s' * (threads > 1)}"
     now = datetime.now(timezone.utc).isoformat(timespec="seconds")
-    return Host(name, torch.__version__, _triton(), _commit(), now)
+    return Host(name, torch.__version__, _triton(), commit(), now)
 
 
 def default_file(device: torch.device) -> Path:

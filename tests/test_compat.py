@@ -6,7 +6,8 @@ import sys
 
 import pytest
 
-from tools import compat
+from tools import compat, environments
+from tools.rows import write
 
 COMPILER = pytest.mark.skipif(
     not sys.platform.startswith("linux") or shutil.which("cc") is None,
@@ -80,8 +81,8 @@ def test_bad_arguments(arguments, words, capsys):
 
 def test_a_python_that_is_not_here(tmp_path, monkeypatch):
     monkeypatch.setenv("PYENV_ROOT", str(tmp_path))
-    with pytest.raises(compat.Unavailable, match="^Python 3.99 is not installed here$"):
-        compat.find_python("3.99")
+    with pytest.raises(environments.Unavailable, match="^Python 3.99 is not installed here$"):
+        environments.find_python("3.99")
     row = compat.Combination("future", "3.99")
     got = compat.run_combination(row, tmp_path, tmp_path / "environment", tmp_path)
     assert (got.status, got.torch, got.failed) == ("not installable", "newest", 0)
@@ -90,7 +91,7 @@ def test_a_python_that_is_not_here(tmp_path, monkeypatch):
 
 def test_this_python_is_found():
     version = f"{sys.version_info[0]}.{sys.version_info[1]}"
-    assert str(compat.find_python(version)) == sys.executable
+    assert str(environments.find_python(version)) == sys.executable
 
 
 @pytest.mark.parametrize("status, code", [("pass", 0), ("not installable", 0), ("fail", 1)])
@@ -112,10 +113,10 @@ def test_rows_and_exit_status(status, code, tmp_path, monkeypatch, capsys):
 
 def test_other_rows_of_a_file_stay(tmp_path):
     out = tmp_path / "rows.jsonl"
-    compat.write(out, [{"name": "a", "status": "pass"}, {"name": "b", "status": "pass"}])
-    compat.write(out, [{"name": "a", "status": "fail"}])
+    write(out, [{"name": "a", "status": "pass"}, {"name": "b", "status": "pass"}])
+    write(out, [{"name": "a", "status": "fail"}])
     rows = [json.loads(line) for line in out.read_text().splitlines()]
-    assert rows == [{"name": "b", "status": "pass"}, {"name": "a", "status": "fail"}]
+    assert rows == [{"name": "a", "status": "fail"}, {"name": "b", "status": "pass"}]
 
 
 def test_report_of_pytest(tmp_path):
@@ -144,12 +145,15 @@ def test_one_line_tells_the_error_without_addresses():
     text = (
         "noise\nERROR: Could not fetch https://index.example/simple/torch: gone\n[notice] new pip"
     )
-    assert compat.one_line(text) == "Could not fetch torch: gone"
-    assert compat.one_line("a\nModuleNotFoundError: No module named 'x'\n  hint") == (
+    assert environments.one_line(text) == "Could not fetch torch: gone"
+    assert environments.one_line("a\nModuleNotFoundError: No module named 'x'\n  hint") == (
         "ModuleNotFoundError: No module named 'x'"
     )
-    assert compat.one_line("File '/home/someone/lib/site.py' is gone") == "File 'site.py' is gone"
-    assert compat.one_line(" \n") == "it said nothing"
+    assert (
+        environments.one_line("File '/home/someone/lib/site.py' is gone")
+        == "File 'site.py' is gone"
+    )
+    assert environments.one_line(" \n") == "it said nothing"
 
 
 @pytest.mark.parametrize(
@@ -160,7 +164,7 @@ def test_one_line_tells_the_error_without_addresses():
     ],
 )
 def test_the_runtime_of_cuda_is_installed_for_real(required, expected):
-    [name] = compat.cuda_runtime(["filelock", *required])
+    [name] = environments.cuda_runtime(["filelock", *required])
     assert name.endswith(expected)
 
 
@@ -184,10 +188,10 @@ def test_stand_ins_for_missing_libraries(tmp_path):
             else [lib / "libcublas.so.99", "-Wl,-rpath,$ORIGIN"]
         )
         options = ["cc", "-shared", "-fPIC", tmp_path / "s.c", *extra, "-o", lib / name]
-        assert compat.run(options, "import").returncode == 0
+        assert environments.run(options, "import").returncode == 0
     (lib / "libcublas.so.99").unlink()
     load = "import ctypes, sys; print(ctypes.CDLL(sys.argv[1]).hello())"
     command = [sys.executable, "-c", load, lib / "libtorch_x.so"]
-    assert "libcublas.so.99: cannot open" in compat.run(command, "import").stderr
-    assert compat.stand_in_libraries(tmp_path) == ["libcublas.so.99"]
-    assert compat.run(command, "import").stdout.strip() == "100"
+    assert "libcublas.so.99: cannot open" in environments.run(command, "import").stderr
+    assert environments.stand_in_libraries(tmp_path) == ["libcublas.so.99"]
+    assert environments.run(command, "import").stdout.strip() == "100"

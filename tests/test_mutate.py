@@ -67,9 +67,9 @@ def test_a_survivor_is_told_and_fails(tree, capsys):
     assert killed["status"] == "killed" and killed["killed_by"].endswith("::test_double")
     assert "total" in capsys.readouterr().out
     assert (tree / "pera_kernels" / "double.py").read_text() == before
-    # Rows are appended.
+    # A row takes the place of the older one.
     assert run(tree, mutant("tripled", "3 * x"), mutant(), words=["--only", "tripled"]) == 0
-    assert [row["name"] for row in rows(tree)] == ["added", "tripled", "tripled"]
+    assert [row["name"] for row in rows(tree)] == ["added", "tripled"]
 
 
 def test_a_mutant_that_never_ends_is_killed_by_the_clock(tree, monkeypatch):

@@ -19,15 +19,28 @@ import os
 import platform
 import re
 import shutil
-import subprocess
 import sys
 import tempfile
 import time
 import xml.etree.ElementTree
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+
+from benchmarks.results import commit
+
+from .environments import (
+    Unavailable,
+    cuda_runtime,
+    find_python,
+    new_environment,
+    one_line,
+    pip_install,
+    run,
+    stand_in_libraries,
+)
+from .rows import table, write
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "tests" / "results" / "compat.jsonl"
@@ -45,11 +58,6 @@ REPORT = (
     *("--kernels", "expand", "project A dropout", "accumulate", "contract dB dh", "compose"),
 )
 ARCHS = ("sm_80", "sm_90", "sm_100", "gfx942")
-SECONDS = {"venv": 300, "pip": 1200, "import": 180, "suite": 1200, "compile": 900}
-
-
-class Unavailable(Exception):
-    """Something that this row needs cannot be had here."""
 
 
 @dataclass(frozen=True)
@@ -196,85 +204,16 @@ class Outcome:
     problem: str = ""
 
 
-def commit() -> str:
-    """The commit of this checkout, "+" where the package differs from it; "" outside one."""
-    words = []
-    for command in (["rev-parse", "--short=12", "HEAD"], ["status", "--porcelain", "pera_kernels"]):
-        try:
-            done = subprocess.run(["git", *command], cwd=ROOT, capture_output=True, text=True)
-        except OSError:
-            return ""
-        words.append(done.stdout.strip() if done.returncode == 0 else "")
-    return words[0] and words[0] + ("+" if words[1] else "")
-
-
-def one_line(text: str, limit: int = 200) -> str:
-    """The last line that says something, without addresses."""
-    lines = [line.strip() for line in text.splitlines() if line.strip()]
-    told = [line for line in lines if re.match(r"(ERROR: |\w*(Error|Exception)\b)", line)] or lines
-    last = told[-1].removeprefix("ERROR: ") if told else "it said nothing"
-    return re.sub(r"(\w+://|/)[^\s'\"]*/|host='[^']*'", "", last)[:limit]
-
-
-def run(
-    command: Sequence[object], kind: str, cwd: Path | None = None, **environment: str
-) -> subprocess.CompletedProcess[str]:
-    """A command within its limit and without this process's settings for Python and Triton."""
-    drop = ("PYTHONPATH", "PYTHONHOME", "TRITON_INTERPRET", "VIRTUAL_ENV")
-    own = {key: value for key, value in os.environ.items() if key not in drop}
-    own.update(environment)
-    words = [str(word) for word in command]
-    try:
-        return subprocess.run(
-            words, cwd=cwd, env=own, capture_output=True, text=True, timeout=SECONDS[kind]
-        )
-    except subprocess.TimeoutExpired:
-        late = f"Exception: {kind} took more than {SECONDS[kind]} s"
-        return subprocess.CompletedProcess(words, 124, "", late)
-
-
-def find_python(version: str) -> Path:
-    """An interpreter of this minor version that runs: this one, on PATH, or one of pyenv's.
-
-    Raises:
-        Unavailable: there is none.
-    """
-    versions = Path(os.environ.get("PYENV_ROOT") or Path.home() / ".pyenv") / "versions"
-    candidates = [
-        sys.executable,
-        shutil.which(f"python{version}") or "",
-        *map(str, sorted(versions.glob(f"{version}*/bin/python{version}"))),
-    ]
-    check = "import sys, venv, ensurepip; print('%d.%d' % sys.version_info[:2])"
-    for candidate in filter(None, candidates):
-        try:
-            done = run([candidate, "-c", check], "venv")
-        except OSError:
-            continue
-        if done.returncode == 0 and done.stdout.strip() == version:
-            return Path(candidate)
-    raise Unavailable(f"Python {version} is not installed here")
-
-
 def make_environment(combination: Combination, folder: Path) -> tuple[Path, bool]:
     """The environment's interpreter, and whether libraries of PyTorch are stand-ins."""
     python = folder / "bin" / "python"
     marker = folder / ".ready"
     if marker.exists():
         return python, marker.read_text() == "stand-ins"
-    done = run([find_python(combination.python), "-m", "venv", "--clear", folder], "venv")
-    if done.returncode:
-        raise Unavailable(f"venv: {one_line(done.stderr + done.stdout)}")
+    new_environment(folder, find_python(combination.python))
     stand_ins = install(python, combination)
     marker.write_text("stand-ins" if stand_ins else "")
     return python, stand_ins
-
-
-def pip_install(python: Path, *words: str) -> None:
-    pip = [python, "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
-    done = run([*pip, *words], "pip")
-    if done.returncode:
-        raise Unavailable(f"pip install {' '.join(words)}: {one_line(done.stderr)}")
 
 
 def install(python: Path, combination: Combination) -> bool:
@@ -304,65 +243,6 @@ def install(python: Path, combination: Combination) -> bool:
     if done.returncode:
         raise Unavailable(f"import torch with stand-ins: {one_line(done.stderr)}")
     return True
-
-
-def cuda_runtime(required: Iterable[str]) -> list[str]:
-    """The one small CUDA package that is installed for real: it looks for the driver."""
-    for line in required:
-        plain = line.partition(";")[0].strip()
-        if plain.startswith("nvidia-cuda-runtime"):
-            return [plain]
-        if plain.startswith("cuda-toolkit"):
-            return [re.sub(r"\[.*\]", "[cudart]", plain)]
-    return ["--no-deps"]
-
-
-def stand_in_libraries(packages: Path) -> list[str]:
-    """Libraries beside PyTorch's own for the CUDA ones that are not there; their names.
-
-    A function that PyTorch asks of a missing library returns 100, which in CUDA's runtime says that
-    there is no device. Symbols carry the versions that the loader checks.
-    """
-    compiler, readelf = shutil.which("cc"), shutil.which("readelf")
-    if compiler is None or readelf is None:
-        raise Unavailable("PyTorch for CUDA without its packages needs cc and readelf")
-    lib = packages / "torch" / "lib"
-    here = {path.name for path in (packages / "nvidia").rglob("lib*.so*")} | {"libcuda.so.1"}
-    needed: set[str] = set()
-    versions: dict[str, str] = {}
-    wanted: set[tuple[str, str]] = set()
-    for path in lib.glob("*.so*"):
-        here.add(path.name)
-        options = ("-W", "-d", "-V", "--dyn-syms")
-        text = run([readelf, *options, path], "import").stdout
-        needed.update(re.findall(r"\(NEEDED\).*\[(lib(?:cu|nv|nccl)\S*)\]", text))
-        library = ""
-        for file, version in re.findall(r"Version: 1  File: (\S+)|Name: (\S+)  Flags", text):
-            if file:
-                library = file
-            else:
-                versions[version] = library
-        symbol = r" +GLOBAL +\w+ +UND (_*(?:cu|nv|nccl)\w+)@?@?([\w.]*)"
-        wanted.update(re.findall(symbol, text))
-    missing = sorted(needed - here)
-    with tempfile.TemporaryDirectory() as work:
-        source, script = Path(work) / "stand_in.c", Path(work) / "versions.map"
-        for library in missing:
-            own = [(name, v) for name, v in sorted(wanted) if not v or versions.get(v) == library]
-            source.write_text("".join(f"long {name}(void) {{ return 100; }}\n" for name, _ in own))
-            by_version = {v: [n for n, w in own if w == v] for v in versions if v and own}
-            blocks = [
-                f"{v} {{ {'global: ' if names else ''}{''.join(n + '; ' for n in names)}}};\n"
-                for v, names in by_version.items()
-                if versions[v] == library
-            ]
-            script.write_text("".join(blocks))
-            build = [compiler, "-shared", "-fPIC", "-w", f"-Wl,-soname,{library}", source]
-            build += [f"-Wl,--version-script,{script}"] if blocks else []
-            done = run([*build, "-o", lib / library], "import")
-            if done.returncode:
-                raise Unavailable(f"no stand-in for {library}: {one_line(done.stderr)}")
-    return missing
 
 
 def check_suite(python: Path, combination: Combination, source: Path, work: Path) -> Outcome:
@@ -525,23 +405,6 @@ def copy_source(target: Path) -> None:
     shutil.copy2(ROOT / "pyproject.toml", target)
 
 
-def write(path: Path, rows: Sequence[Mapping[str, object]], key: str = "name") -> None:
-    """JSON lines; rows of the same name are replaced, others stay."""
-    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
-    own = {row[key] for row in rows}
-    kept = [line for line in lines if line and json.loads(line)[key] not in own]
-    path.parent.mkdir(parents=True, exist_ok=True)
-    new = [json.dumps(row, ensure_ascii=False) for row in rows]
-    path.write_text("\n".join([*kept, *new]) + "\n", encoding="utf-8")
-
-
-def table(rows: Sequence[Mapping[str, object]], columns: Sequence[str]) -> str:
-    cells = [list(columns), *([str(row[column]) for column in columns] for row in rows)]
-    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-    lines = ("  ".join(c.ljust(w) for c, w in zip(line, widths, strict=True)) for line in cells)
-    return "\n".join(line.rstrip() for line in lines)
-
-
 def names() -> list[str]:
     return [c.name for c in COMBINATIONS] + [f"import-{s.name}" for s in SCENARIOS]
 
@@ -582,7 +445,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(table(rows, ("name", "python", "torch", "triton", "numpy", "checks")))
         print("\n".join(names()[len(rows) :]))
         return 0
-    version, today = commit(), datetime.date.today().isoformat()
+    version, today = (commit() or ""), datetime.date.today().isoformat()
     done: list[Row] = []
     with tempfile.TemporaryDirectory() as temporary:
         source = Path(temporary) / "source"

@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import ast
 import contextlib
-import json
 import os
 import re
 import shutil
@@ -34,6 +33,7 @@ from benchmarks.options import OneLineParser
 from benchmarks.results import host
 
 from .mutants import MUTANTS, Mutant
+from .rows import write
 
 __all__ = ["MUTANTS", "Mutant", "Result", "check", "main"]
 
@@ -194,14 +194,12 @@ def run(mutants: Sequence[Mutant], root: Path, out: Path) -> int:
     print(f"passed in {baseline(mutants, root):.0f} s", flush=True)
     here = host(torch.device("cpu"))
     origin = {"commit": here.commit, "date": here.date}
-    out.parent.mkdir(parents=True, exist_ok=True)
     results = []
     width = max(len(mutant.name) for mutant in mutants)
     for number, mutant in enumerate(mutants, 1):
         result, output = judge(mutant, root, origin)
         results.append(result)
-        with out.open("a", encoding="utf-8") as lines:
-            lines.write(json.dumps(asdict(result), ensure_ascii=False) + "\n")
+        write(out, [asdict(result)])
         print(
             f"{number:>3}/{len(mutants)} {result.name:<{width}} {result.status:<8} "
             f"{result.seconds:>6.1f} s  {result.killed_by or result.breaks}",

@@ -128,13 +128,8 @@ def infinities() -> str:
     return NOT_MEASURED if found is None else found[0]
 
 
-def _mutations() -> list[dict[str, Any]]:
-    """The latest row of every mutant."""
-    return list({row["name"]: row for row in _rows("mutations.jsonl")}.values())
-
-
 def mutants() -> str:
-    if not (rows := _mutations()):
+    if not (rows := _rows("mutations.jsonl")):
         return NOT_MEASURED
     states = Counter(row["status"] for row in rows)
     return f"{len(rows)} mutants: " + ", ".join(f"{n} {state}" for state, n in states.items())
@@ -155,7 +150,7 @@ PROMISES: tuple[tuple[str, str, Callable[[], str]], ...] = (
         "Infinities and NaN: what is not finite in the truth is never finite, what is finite there "
         "stays finite; which of the two, in y of the factored `torch` plan. Exceptions: "
         "`check_spread`",
-        "`test_properties.py::check_spread`",
+        "`test_properties.py` (`random_problems.py::check_spread`)",
         infinities,
     ),
     ("The same bits in every run", "`test_determinism.py`", bits),
@@ -227,7 +222,7 @@ def promises() -> str:
 
 
 def mutations() -> str:
-    rows = _mutations()
+    rows = _rows("mutations.jsonl")
     if not rows:
         return "Not measured."
     lines = ["| mutant | file | what it breaks | killed by |", "|---|---|---|---|"]

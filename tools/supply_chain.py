@@ -29,7 +29,11 @@ from pathlib import Path
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
-from .compat import FAIL, PASS, ROOT, Unavailable, commit, one_line, pip_install, run, table, write
+from benchmarks.results import commit
+
+from .compat import FAIL, PASS, ROOT
+from .environments import Unavailable, new_environment, one_line, pip_install, run
+from .rows import table, write
 
 RESULTS = ROOT / "tests" / "results" / "supply_chain.jsonl"
 NOT_CHECKED = "not checked"
@@ -344,13 +348,6 @@ def build(python: Path, work: Path) -> tuple[Path, Path]:
     return sdist, wheel
 
 
-def new_environment(folder: Path) -> Path:
-    done = run([sys.executable, "-m", "venv", folder], "venv")
-    if done.returncode:
-        raise Unavailable(f"venv: {one_line(done.stderr + done.stdout)}")
-    return folder / "bin" / "python"
-
-
 def smoke(archive: Path, work: Path, version: str) -> Row:
     """Install without dependencies, which this interpreter's packages stand in for, and use it."""
     name = "wheel" if archive.suffix == ".whl" else "sdist"
@@ -428,7 +425,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     given = parser.parse_args(argv)
     if given.out.is_dir():
         parser.error(f"--out must be a file; {given.out} is a folder")
-    version, today = commit(), datetime.date.today().isoformat()
+    version, today = (commit() or ""), datetime.date.today().isoformat()
     with tempfile.TemporaryDirectory() as work:
         rows = [replace(row, commit=version, date=today) for row in check_all(Path(work))]
     write(given.out, [{"key": row.key, **asdict(row)} for row in rows], "key")

@@ -124,12 +124,12 @@ def _select(
 
 
 def _judge(gate: Gate, contender: Contender, base: Base) -> tuple[Layer | None, Judgement]:
-    """The layer, if it may be timed. An exception is a failure too."""
+    """The layer, if it may be timed."""
     try:
         layer = contender.build(base)
         judgement = gate.judgement(contender, layer)
     except Exception as error:
-        return None, Judgement(failure=f"{type(error).__name__}: {error}".splitlines()[0])
+        return None, Judgement.of(error)
     return None if judgement.failure else layer, judgement
 
 

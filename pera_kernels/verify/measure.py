@@ -149,7 +149,7 @@ def _run(task: Task, backend: str, device: str) -> Row:
     try:
         with _poisoned():
             verdicts, used_draws = _judge(task.case, backend, device)
-    except Exception as exception:
+    except Exception as exception:  # Any: the row says so, and the exit status is 1.
         message = str(exception).strip() or "no message"
         error = f"{type(exception).__name__}: {message.splitlines()[0]}"
         if "CUDA error" in message or "HIP error" in message:

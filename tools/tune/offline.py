@@ -155,9 +155,11 @@ def _start(arch: str) -> None:
 def _compile(job: tuple[Launch, int, bool]) -> tuple[Launch, Compiled]:
     """Runs in a worker. A compiler's refusal is a result: that tile cannot be had."""
     launch, shared_limit, disassemble = job
+    from triton.errors import TritonError
+
     try:
         kernel = _warmed_up(launch)
-    except Exception as error:
+    except (TritonError, RuntimeError) as error:
         reason = f"{type(error).__name__}: {error}".splitlines()[0]
         return launch, Compiled(problem=f"does not compile: {reason}")
     return launch, _report(launch, kernel, shared_limit, disassemble)
