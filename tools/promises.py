@@ -147,9 +147,8 @@ PROMISES: tuple[tuple[str, str, Callable[[], str]], ...] = (
         properties,
     ),
     (
-        "Infinities and NaN: what is not finite in the truth is never finite, what is finite there "
-        "stays finite; which of the two, in y of the factored `torch` plan. Exceptions: "
-        "`check_spread`",
+        "Infinities and NaN: what is not finite in the float64 truth is never finite, and what is "
+        "finite there stays finite, but for the exceptions that `check_spread` lists",
         "`test_properties.py` (`random_problems.py::check_spread`)",
         infinities,
     ),
