@@ -111,7 +111,7 @@ def test_resume_skips_what_the_file_has_of_this_commit(tmp_path, capsys, monkeyp
     assert "done before" in capsys.readouterr().out
     assert program.main([*arguments, "--phases", "both,eval"]) == 0
     assert len(rows_of(out)) == 6
-    monkeypatch.setattr(results, "_commit", lambda: "another")
+    monkeypatch.setattr(results, "commit", lambda: "another")
     assert program.main(arguments) == 0
     assert len(rows_of(out)) == 8
 
