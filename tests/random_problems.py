@@ -18,9 +18,9 @@ from hypothesis import strategies as st
 
 import pera_kernels as pk
 from benchmarks.results import commit
+from pera_kernels import testing
 from pera_kernels.dropout import draw_seed, keep_mask
 from pera_kernels.terms import TERMS, coefficient_count, pairs
-from pera_kernels.verify import numerics
 
 RESULTS = Path(__file__).parent / "results" / "properties.jsonl"
 
@@ -117,7 +117,7 @@ def laid_out(t, layout):
 
 
 def make_inputs(p, draw=0):
-    """Random inputs by name, as ``numerics.make_inputs`` sizes them, with the special values."""
+    """Random inputs by name, as ``testing.make_inputs`` sizes them, with the special values."""
     generator = torch.Generator().manual_seed(p.seed + 1000 * draw)
     std = {"weight": max(p.N, 1) ** -0.5, "A": 0.5, "B": 0.5}
     place = random.Random(p.seed)
@@ -321,14 +321,14 @@ def pooled_verdicts(p, backend, draws):
     for name in outputs[0][0]:
         got, reference, truth = (torch.stack([o[name] for o in group]) for group in outputs)
         if not all_underflow(p, truth):
-            verdicts[name] = numerics.judge(name, got, reference, truth, p.dtype)
+            verdicts[name] = testing.judge(name, got, reference, truth, p.dtype)
     return verdicts
 
 
 def check_rule(p, backend="torch"):
     """Where nothing can overflow, the numeric rule; else :func:`check_overflow`.
 
-    The errors of few numbers are pooled over draws of the inputs, as ``numerics.check`` does; a
+    The errors of few numbers are pooled over draws of the inputs, as ``testing.check`` does; a
     verdict that chance may have spoken is asked for again with many more draws.
     """
     sizes = [math.prod(shapes(p)[name]) for name in ("dy", *p.differentiated)]

@@ -4,8 +4,8 @@ import pytest
 import torch
 
 import pera_kernels as pk
-from pera_kernels.verify import numerics
-from pera_kernels.verify.numerics import Case
+from pera_kernels import testing
+from pera_kernels.testing import Case
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 
@@ -16,14 +16,14 @@ LARGE = {"T": 1100, "N": 1000, "M": 520}
 @pytest.mark.parametrize("terms, r", [("full", 16), ("square", 12), ("cross", 8), ("linear", 16)])
 def test_numeric_rule_at_sizes_that_split(terms, r, dtype):
     case = Case(terms=terms, r=r, dtype=dtype, **LARGE)
-    failed = [str(v) for v in numerics.check(case, "triton", "cuda") if not v.passed]
+    failed = [str(v) for v in testing.check(case, "triton", "cuda") if not v.passed]
     assert not failed, "\n".join(failed)
 
 
 @pytest.mark.parametrize("T", [1, 17, 64])
 def test_few_tokens_split_over_the_features(T):
     case = Case(r=16, dtype=torch.bfloat16, T=T, N=4096, M=1024)
-    failed = [str(v) for v in numerics.check(case, "triton", "cuda") if not v.passed]
+    failed = [str(v) for v in testing.check(case, "triton", "cuda") if not v.passed]
     assert not failed, "\n".join(failed)
 
 

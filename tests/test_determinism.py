@@ -17,9 +17,9 @@ import pytest
 import torch
 
 import pera_kernels as pk
+from pera_kernels import testing
 from pera_kernels.backends import unavailable
-from pera_kernels.verify import numerics
-from pera_kernels.verify.numerics import Case
+from pera_kernels.testing import Case
 
 BF16, F16 = torch.bfloat16, torch.float16
 RUNS = 100
@@ -62,12 +62,12 @@ def assert_same(got, expected, what=""):
 
 
 def runs_agree(case, backend, device, runs):
-    inputs = numerics.make_inputs(case, device)
-    expected = numerics.run(case, inputs, backend)
+    inputs = testing.make_inputs(case, device)
+    expected = testing.run(case, inputs, backend)
     assert all(t.isfinite().all() for t in expected.values())
     for number in range(1, runs):
         kept = disturb()
-        assert_same(numerics.run(case, inputs, backend), expected, f"run {number}")
+        assert_same(testing.run(case, inputs, backend), expected, f"run {number}")
         del kept
 
 
@@ -138,11 +138,11 @@ def test_evaluation_has_the_bits_of_its_first_call(layer, device):
 def test_deterministic_algorithms_are_all_there_is(name, backend, device):
     """With use_deterministic_algorithms(True) nothing is refused and no bit changes."""
     case = replace(CASES[name], T=19, N=40, M=24)
-    inputs = numerics.make_inputs(case, device)
-    expected = numerics.run(case, inputs, backend)
+    inputs = testing.make_inputs(case, device)
+    expected = testing.run(case, inputs, backend)
     torch.use_deterministic_algorithms(True)
     try:
-        got = numerics.run(case, inputs, backend)
+        got = testing.run(case, inputs, backend)
     finally:
         torch.use_deterministic_algorithms(False)
     assert_same(got, expected)
@@ -152,7 +152,7 @@ def digest_of_a_run():
     """A digest of all results of one case; what :func:`test_every_process` runs elsewhere."""
     digest = hashlib.sha256()
     for case in CASES.values():
-        results = numerics.run(case, numerics.make_inputs(case), "torch")
+        results = testing.run(case, testing.make_inputs(case), "torch")
         for t in results.values():
             digest.update(t.contiguous().view(-1).view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
@@ -190,9 +190,9 @@ def other_rows(t):
 def test_a_row_does_not_depend_on_its_neighbours(name, backend, device):
     """y and dx of a row have the same bits whatever stands in the other rows."""
     case = CASES[name] if backend == "torch" else replace(CASES[name], N=40, M=24)
-    inputs = numerics.make_inputs(case, device)
-    expected = numerics.run(case, inputs, backend)
-    got = numerics.run(
+    inputs = testing.make_inputs(case, device)
+    expected = testing.run(case, inputs, backend)
+    got = testing.run(
         case, replace(inputs, x=other_rows(inputs.x), dy=other_rows(inputs.dy)), backend
     )
     for output in ("y", "dx"):
@@ -204,11 +204,11 @@ def test_a_row_does_not_depend_on_its_neighbours(name, backend, device):
 def test_batch_dimensions_are_only_rows(dtype, backend, device):
     """(12, N), (3, 4, N) and (2, 1, 6, N) are the same call."""
     case = Case(r=5, T=12, N=40, M=24, dtype=dtype)
-    inputs = numerics.make_inputs(case, device)
-    expected = numerics.run(case, inputs, backend)
+    inputs = testing.make_inputs(case, device)
+    expected = testing.run(case, inputs, backend)
     for batch in ((3, 4), (2, 1, 6)):
         x, dy = inputs.x.view(*batch, 40), inputs.dy.view(*batch, 24)
-        got = numerics.run(case, replace(inputs, x=x, dy=dy), backend)
+        got = testing.run(case, replace(inputs, x=x, dy=dy), backend)
         assert got["y"].shape == (*batch, 24) and got["dx"].shape == x.shape
         got |= {n: got[n].view(expected[n].shape) for n in ("y", "dx")}
         assert_same(got, expected, str(batch))
@@ -219,10 +219,10 @@ def test_batch_dimensions_are_only_rows(dtype, backend, device):
 def test_a_batch_in_two_parts_agrees_to_rounding(dtype, cut, backend, device):
     """The rows of two calls are those of one, and the gradients their sums: no bits promised."""
     case = Case(r=5, T=48, N=40, M=24, dtype=dtype)
-    inputs = numerics.make_inputs(case, device)
-    whole = numerics.run(case, inputs, backend)
+    inputs = testing.make_inputs(case, device)
+    whole = testing.run(case, inputs, backend)
     parts = [
-        numerics.run(case, replace(inputs, x=inputs.x[at], dy=inputs.dy[at]), backend)
+        testing.run(case, replace(inputs, x=inputs.x[at], dy=inputs.dy[at]), backend)
         for at in (slice(0, cut), slice(cut, None))
     ]
     tolerance = 64 * torch.finfo(dtype).eps
@@ -328,15 +328,15 @@ def test_two_streams_at_once_give_the_same_bits(name, record):
     """Forward and backward, interleaved on two streams, each with its own inputs."""
     case = LARGE[name]
     problems = [replace(case, seed=seed) for seed in (0, 1)]
-    inputs = [numerics.make_inputs(problem, "cuda") for problem in problems]
-    expected = [numerics.run(p, own, "triton") for p, own in zip(problems, inputs, strict=True)]
+    inputs = [testing.make_inputs(problem, "cuda") for problem in problems]
+    expected = [testing.run(p, own, "triton") for p, own in zip(problems, inputs, strict=True)]
     torch.cuda.synchronize()
     streams = [torch.cuda.Stream() for _ in problems]
     for _ in range(RUNS // 4):
         got = []
         for stream, problem, own in zip(streams, problems, inputs, strict=True):
             with torch.cuda.stream(stream):
-                got.append(numerics.run(problem, own, "triton"))
+                got.append(testing.run(problem, own, "triton"))
         torch.cuda.synchronize()
         for a, b in zip(got, expected, strict=True):
             assert_same(a, b)

@@ -9,11 +9,11 @@ import torch
 from torch.overrides import TorchFunctionMode
 
 import pera_kernels as pk
+from pera_kernels import testing
 from pera_kernels.backends import unavailable
 from pera_kernels.dropout import draw_seed
 from pera_kernels.terms import TERMS, lane_count
-from pera_kernels.verify import numerics
-from pera_kernels.verify.numerics import Case
+from pera_kernels.testing import Case
 
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
 # A NaN that no arithmetic makes.
@@ -150,7 +150,7 @@ def run(case, tensors, backend, grad=True):
 def test_results_do_not_depend_on_what_lies_around_the_inputs(name, grad, way, place, poison):
     """Bit for bit the same between canaries, none of which, and no input, has changed."""
     case = CASES[name]
-    inputs = vars(numerics.make_inputs(case, place))
+    inputs = vars(testing.make_inputs(case, place))
     guards = Guards()
     guarded = {n: None if t is None else guards.copy(t) for n, t in inputs.items()}
     before = guards.snapshot()
@@ -166,7 +166,7 @@ def test_results_do_not_depend_on_what_lies_around_the_inputs(name, grad, way, p
 def test_nothing_between_the_rows_is_read_or_written(name, way, place, poison):
     """The same with canaries between the rows of every input."""
     case = CASES[name]
-    inputs = vars(numerics.make_inputs(case, place))
+    inputs = vars(testing.make_inputs(case, place))
     guards = Guards()
     guarded = {
         n: None if t is None else guards.copy(t, gap=5 if t.dim() > 1 else 0)
@@ -186,7 +186,7 @@ def test_kernels_write_nothing_beside_their_outputs(name, triton_place, poison):
     from pera_kernels import ops
 
     case = CASES[name]
-    p = numerics.make_inputs(case, triton_place)
+    p = testing.make_inputs(case, triton_place)
     options = (p.A, p.B, p.h)
     guards = Guards()
     with GuardedAllocations(guards) as mode:
@@ -438,7 +438,7 @@ def test_a_whole_call_on_far_rows(backend_name, sparse):
     if (reason := unavailable(backend_name, torch.device("cpu"))) is not None:
         pytest.skip(f"backend {backend_name}: {reason}")
     case = Case(r=3, T=5, N=6, M=7)
-    inputs = vars(numerics.make_inputs(case))
+    inputs = vars(testing.make_inputs(case))
     stride = FAR[0][0]
     far = {n: sparse(t, (stride, 1)) if n in ("x", "dy") else t for n, t in inputs.items()}
     for a, b in zip(run(case, far, backend_name), run(case, inputs, backend_name), strict=True):
@@ -451,7 +451,7 @@ def first_and_last_rows(device, T, N, M, dtype, backend):
     """
     ends = 64
     case = Case(r=6, T=2 * ends, N=N, M=M, dtype=dtype)
-    small = vars(numerics.make_inputs(case, device))
+    small = vars(testing.make_inputs(case, device))
     small["bias"].zero_()
     large = dict(small)
     for name, width in (("x", N), ("dy", M)):

@@ -9,11 +9,10 @@ import torch.nn.functional as F
 from torch import nn
 
 import pera_kernels as pk
-from pera_kernels import configs, lean_cache, lean_factors
+from pera_kernels import configs, lean_cache, lean_factors, testing
 from pera_kernels.dropout import keep_mask
 from pera_kernels.terms import circular_order, lane_count
-from pera_kernels.verify import numerics
-from pera_kernels.verify.numerics import Case
+from pera_kernels.testing import Case
 from tests.adapted import plain_model, trained
 
 
@@ -38,7 +37,7 @@ def test_lanes_over_several_programs_of_several_accumulators(triton_backend, dev
     tile = configs.Tile(16, 16, 16, num_warps=4, num_stages=1, pieces=2)
     monkeypatch.setattr(configs, "tile_for", lambda *arguments: tile)
     assert lane_count(11) == 80 and configs.pieces(80, 16, 2) == 2
-    verdicts = numerics.check(Case(r=11, T=17, N=40, M=40), "triton", device)
+    verdicts = testing.check(Case(r=11, T=17, N=40, M=40), "triton", device)
     assert all(v.passed for v in verdicts), [str(v) for v in verdicts if not v.passed]
 
 

@@ -6,10 +6,10 @@ import pytest
 import torch
 
 import pera_kernels as pk
+from pera_kernels import testing
 from pera_kernels.backends import unavailable
 from pera_kernels.terms import TERMS
-from pera_kernels.verify import numerics
-from pera_kernels.verify.numerics import Case
+from pera_kernels.testing import Case
 
 RANKS = (1, 2, 3, 4, 5, 7, 8, 12, 16, 20, 24, 32, 64)
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -17,7 +17,7 @@ SMALL = {"T": 19, "N": 40, "M": 24}
 
 
 def assert_passes(case, backend, device):
-    verdicts = numerics.check(case, backend, device)
+    verdicts = testing.check(case, backend, device)
     assert len(verdicts) >= 3
     failed = [str(v) for v in verdicts if not v.passed]
     assert not failed, f"{backend} {case}:\n" + "\n".join(failed)
@@ -81,9 +81,9 @@ def test_variants(name, backend, device, poison):
 
 def test_float64_on_the_torch_backend(device):
     case = Case(r=5, dtype=torch.float64, **SMALL)
-    inputs = numerics.make_inputs(case, device)
-    truth = numerics.run(case, inputs, "reference")
-    for name, got in numerics.run(case, inputs, "torch").items():
+    inputs = testing.make_inputs(case, device)
+    truth = testing.run(case, inputs, "reference")
+    for name, got in testing.run(case, inputs, "torch").items():
         torch.testing.assert_close(got, truth[name], rtol=1e-11, atol=1e-11)
 
 
@@ -151,18 +151,18 @@ def test_leading_dimensions_and_empty_batches(shape, backend, device):
 
 def test_same_inputs_same_bits(backend, device):
     case = Case(r=7, T=300, N=70, M=50, dropout_p=0.2)
-    inputs = numerics.make_inputs(case, device)
-    first = numerics.run(case, inputs, backend)
+    inputs = testing.make_inputs(case, device)
+    first = testing.run(case, inputs, backend)
     for _ in range(3):
-        for name, got in numerics.run(case, inputs, backend).items():
+        for name, got in testing.run(case, inputs, backend).items():
             assert torch.equal(got, first[name]), name
 
 
 def test_inputs_are_not_modified(backend, device):
     case = Case(r=4, **SMALL)
-    inputs = numerics.make_inputs(case, device)
+    inputs = testing.make_inputs(case, device)
     before = [t.clone() for t in vars(inputs).values()]
-    numerics.run(case, inputs, backend)
+    testing.run(case, inputs, backend)
     for name, old, new in zip(vars(inputs), before, vars(inputs).values(), strict=True):
         assert torch.equal(old, new), name
 
@@ -180,11 +180,11 @@ OVERFLOWS = {
 @pytest.mark.parametrize("name", OVERFLOWS)
 def test_half_precision_overflow_shows_where_the_reference_has_it(name, scale, backend, device):
     case = Case(r=4, dtype=torch.float16, scale=scale, T=12, N=40, M=24)
-    inputs = numerics.make_inputs(case, device)
+    inputs = testing.make_inputs(case, device)
     for argument, factor in OVERFLOWS[name].items():
         setattr(inputs, argument, getattr(inputs, argument) * factor)
-    reference = numerics.run(case, inputs, "reference")["y"]
-    got = numerics.run(case, inputs, backend)["y"]
+    reference = testing.run(case, inputs, "reference")["y"]
+    got = testing.run(case, inputs, backend)["y"]
     assert reference.isfinite().all() == (name == "none")
     for kind in (torch.isposinf, torch.isneginf, torch.isnan):
         assert torch.equal(kind(got), kind(reference)), kind.__name__
