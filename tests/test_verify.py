@@ -6,12 +6,11 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
-from unittest import mock
 
 import pytest
 import torch
 
-from pera_kernels import configs, testing
+from pera_kernels import testing
 from pera_kernels.__main__ import main
 from pera_kernels.backends import unavailable
 from pera_kernels.cli import arguments, verify
@@ -25,9 +24,9 @@ TINY = ["--device", "cpu", "--jobs", "0", "--terms", "full", "--ranks", "5", "--
 TORCH = [*TINY, "--backend", "torch", "--dtypes", "float32", "--ops", "pera_linear"]
 # One wrong token each, and the op that must show it. The last one leaves memory unwritten.
 MUTATIONS = {
-    "partner": ("common.py", "(block - 1, 0)) % R", "(block, 0)) % R", "pera_linear"),
+    "partner": ("pair_tiles.py", "(block - 1, 0)) % R", "(block, 0)) % R", "pera_linear"),
     "dropout scale": ("accumulate.py", "acc * keep_scale, 0.0", "acc, 0.0", "dropout"),
-    "last row": ("contract.py", "offs_r < MEMBERS * R", "offs_r < R - 1", "mixed"),
+    "last row": ("contract.py", "(offs_r < R)[:, None]", "(offs_r < R - 1)[:, None]", "mixed"),
 }
 
 
@@ -68,28 +67,19 @@ def test_what_is_asked_for_is_not_sampled():
 
 
 def test_default_shapes_reach_every_split(interpreter):
-    parts: dict[int, int] = {}
+    from pera_kernels.kernels.launch import recorded
 
-    def recorded(size: int, wanted: int, granule: int) -> tuple[int, int]:
-        found = real(size, wanted, granule)
-        parts[size] = max(parts.get(size, 0), found[0])
-        return found
-
-    def counted(lanes: int, block_k: int, most: int) -> int:
-        found = real_pieces(lanes, block_k, most)
-        parts[lanes] = max(parts.get(lanes, 0), -(-lanes // (found * block_k)))
-        return found
-
-    real, real_pieces = configs.split, configs.pieces
-    with (
-        mock.patch.object(configs, "split", recorded),
-        mock.patch.object(configs, "pieces", counted),
-    ):
+    with recorded() as calls:
         for T, N, M in SHAPES["cpu"]:
             case = Case(terms="cross", r=12, T=T, N=N, M=M, dtype=torch.bfloat16)
             testing.run(case, testing.make_inputs(case), "triton")
-    # Features in project, tokens and the 80 lanes of the expanded rank (12 + 66) in contract.
-    assert parts[140] > 1 and parts[260] > 1 and parts[80] > 1, parts
+    projections, contractions = (
+        [call.arguments for call in calls if call.kernel.__name__ == name]
+        for name in ("project_kernel", "contract_kernel")
+    )
+    assert any(a["n_per_split"] < a["N"] for a in projections), "features were not split"
+    assert any(a["t_per_split"] < a["T"] for a in contractions), "tokens were not split"
+    assert any(a["PIECES"] * a["BLOCK_K"] < a["lanes"] for a in contractions), "nor lanes"
 
 
 def test_what_it_prints(capsys):
