@@ -6,9 +6,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from torch import nn
-
 from pera_kernels.verify.numerics import Case, Inputs
+from torch import nn
 
 __all__ = ["FROZEN", "Contender", "Layer", "frozen_linear"]
 

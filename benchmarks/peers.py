@@ -7,9 +7,8 @@ from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
-from torch import nn
-
 from pera_kernels.verify.numerics import Case, Inputs
+from torch import nn
 
 from .layers import Contender, Layer, frozen_linear
 

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-
 from pera_kernels.verify.numerics import Case
 
 from .. import work
