@@ -9,12 +9,12 @@ from collections.abc import Callable
 from dataclasses import replace
 
 import torch
-from pera_kernels.verify.numerics import Case, Inputs
 from torch import nn
 
 import pera_kernels as pk
 from pera_kernels import backends
 from pera_kernels.terms import Terms
+from pera_kernels.verify.numerics import Case, Inputs
 
 from .layers import FROZEN, Contender, Layer, frozen_linear
 from .peers import PEERS

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
+
 from pera_kernels.verify.numerics import Case, Inputs, draws, judge, make_inputs, run
 
 from .layers import Contender, Layer

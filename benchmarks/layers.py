@@ -6,8 +6,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from pera_kernels.verify.numerics import Case, Inputs
 from torch import nn
+
+from pera_kernels.verify.numerics import Case, Inputs
 
 __all__ = ["FROZEN", "Contender", "Layer", "frozen_linear"]
 

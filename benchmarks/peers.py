@@ -7,8 +7,9 @@ from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
-from pera_kernels.verify.numerics import Case, Inputs
 from torch import nn
+
+from pera_kernels.verify.numerics import Case, Inputs
 
 from .layers import Contender, Layer, frozen_linear
 

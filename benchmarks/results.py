@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from pera_kernels.verify.numerics import Case
 
 from pera_kernels.terms import expanded_rank
+from pera_kernels.verify.numerics import Case
 
 from .layers import Contender
 

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
+
 from pera_kernels.verify.numerics import Case, Inputs, make_inputs
 
 from . import overhead, timing, work

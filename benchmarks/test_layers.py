@@ -5,11 +5,10 @@ import torch
 
 pytest.importorskip("pytest_benchmark", reason="pytest benchmarks needs pytest-benchmark")
 
-from pera_kernels.verify.numerics import Case, make_inputs
-
 from benchmarks.contenders import CONTENDERS, find
 from benchmarks.gate import Gate
 from benchmarks.timing import PHASES, input_sets, phase_call
+from pera_kernels.verify.numerics import Case, make_inputs
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 CASE = Case(terms="full", r=8, T=64, N=256, M=256, scale=1.0)

@@ -12,8 +12,9 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 
 import torch
-from pera_kernels.verify.numerics import Inputs
 from torch.autograd.graph import increment_version
+
+from pera_kernels.verify.numerics import Inputs
 
 from .layers import FROZEN, Layer
 from .memory import memory, peak_bytes

@@ -25,9 +25,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from pera_kernels.verify.numerics import Case
-
 from pera_kernels.terms import coefficient_count, expanded_rank
+from pera_kernels.verify.numerics import Case
 
 __all__ = ["Work", "of"]
 

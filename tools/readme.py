@@ -31,7 +31,6 @@ def finetune() -> str:
 def lora_ranks() -> str:
     """Rank, expanded rank, what is exported, and vLLM's bucket."""
     from pera_kernels.export import vllm_max_lora_rank
-
     from pera_kernels.terms import TERMS, expanded_rank
 
     head = ["r", *(f'K, terms="{terms}"' for terms in TERMS), "K′ (full)", "vLLM --max-lora-rank"]

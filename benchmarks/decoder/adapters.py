@@ -7,12 +7,12 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
-from pera_kernels.verify.numerics import Case
 from torch import nn
 
 import pera_kernels as pk
 from pera_kernels import backends
 from pera_kernels.terms import Terms
+from pera_kernels.verify.numerics import Case
 
 from ..layers import FROZEN, Layer
 from ..peers import PEER_ALLOWED, ReleasedPera

@@ -8,10 +8,10 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from pera_kernels.verify.numerics import Case, draws, judge
 from torch import nn
 
 import pera_kernels as pk
+from pera_kernels.verify.numerics import Case, draws, judge
 
 from ..gate import Judgement
 from ..layers import Layer

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+
 from pera_kernels.verify.numerics import Case
 
 from .. import work

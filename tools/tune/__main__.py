@@ -14,11 +14,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from pera_kernels.configs import Tile
 
 from benchmarks import results
 from benchmarks.options import OneLineParser, list_of, one_of, whole
 from pera_kernels import backends, configs, plans
+from pera_kernels.configs import Tile
 from tools.compile_report import SHARED_LIMIT
 
 from . import limits, tables

@@ -14,6 +14,7 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import torch
+
 from pera_kernels.configs import Tile
 from pera_kernels.verify.numerics import judge
 

@@ -17,12 +17,12 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
-from pera_kernels.verify.numerics import Case
 
 from benchmarks.options import OneLineParser, list_of, one_of, whole
 from benchmarks.presets import PRESETS, plan
 from pera_kernels import backends, configs, ops
 from pera_kernels.terms import coefficient_count
+from pera_kernels.verify.numerics import Case
 
 from .chips import architecture, chip_here, chip_named
 from .offline import Chip, Compilers, Recorded, recording

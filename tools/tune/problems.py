@@ -14,9 +14,9 @@ from typing import Any
 from unittest import mock
 
 import torch
-from pera_kernels.configs import Tile
 
 from pera_kernels import configs
+from pera_kernels.configs import Tile
 from pera_kernels.terms import Terms, circular_order, coefficient_count, expanded_rank, lane_count
 from pera_kernels.terms import pairs as pairs_of
 

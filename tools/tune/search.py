@@ -11,9 +11,9 @@ from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Protocol, TypeVar
 
 import torch
-from pera_kernels.configs import Tile
 
 from pera_kernels import configs
+from pera_kernels.configs import Tile
 from tools import compile_report
 
 from . import measure, static

@@ -11,9 +11,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from pera_kernels.configs import Tile
-
 from pera_kernels import configs
+from pera_kernels.configs import Tile
 
 __all__ = ["append_rows", "read_rows", "show_tile", "sources", "write_table"]
 
