@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 
 from .dropout import keep_mask
-from .operands import Base, Factors, Options
+from .operands import Base, Factors, Options, Saved
 from .terms import Terms, circular_order, expanded_rank, first_offset, offset_count
 
 __all__ = ["backward", "composes", "delta_backward", "delta_forward", "forward"]
@@ -73,19 +73,13 @@ def forward(
 
 
 def backward(
-    dy: torch.Tensor,
-    x: torch.Tensor | None,
-    u: torch.Tensor | None,
-    weight: torch.Tensor | None,
-    adapter: Factors,
-    seed: torch.Tensor | None,
-    options: Options,
-    needs: Sequence[bool],
+    dy: torch.Tensor, saved: Saved, options: Options, needs: Sequence[bool]
 ) -> tuple[torch.Tensor | None, ...]:
-    """(dx, dA, dB, dh) of one layer, those of ``needs``.
+    """(dx, dA, dB, dh) of one layer, those of ``needs``, from dy ``(T, M)``.
 
-    dx is the adapter's part alone where ``weight`` is None.
+    dx is the adapter's part alone where there is no dense weight.
     """
+    x, u, weight, adapter, seed = saved
     (A, B, h), terms, scale = adapter, options.terms, options.scale
     need_x, need_A, need_B, need_h = needs
     c, keep_scale = coefficients(h, A.shape[0], options.terms), 1.0 / (1.0 - options.dropout_p)
@@ -149,9 +143,8 @@ def coefficients(h: torch.Tensor | None, R: int, terms: Terms) -> torch.Tensor |
     """c = (1, h) ``(K,)`` in circular order and at least float32; None where there is no h."""
     if h is None:
         return None
-    c = h.new_ones(R + h.shape[0], dtype=_at_least_float32(h.dtype))
-    c[R:] = h.index_select(0, circular_order(R, terms, h.device))
-    return c
+    h = h.to(_at_least_float32(h.dtype))
+    return torch.cat([h.new_ones(R), h.index_select(0, circular_order(R, terms, h.device))])
 
 
 def expand(
@@ -166,13 +159,12 @@ def expand(
         return factor.to(dtype)
     # A single product of equal dtypes is rounded once by PyTorch itself.
     work = dtype if factor.dtype == dtype and c is None else _at_least_float32(factor.dtype)
-    phi = factor.new_empty((R * (1 + offsets), C), dtype=work)
-    rows = phi[:R].copy_(factor)
-    # Row l of partners[d] is row (l + d) mod R.
+    rows = factor.to(work)
+    # The partner of row l at the circular offset d is row (l + d) mod R.
     first = first_offset(terms)
-    wrapped = torch.cat([rows[first:], rows[: first + offsets - 1]])
-    partners = wrapped.unfold(0, R, 1).transpose(1, 2)
-    torch.mul(rows, partners, out=phi[R:].view(offsets, R, C))
+    wrapped = torch.cat([rows, rows[: first + offsets - 1]])
+    phi = torch.cat([rows, *(wrapped[d : d + R] for d in range(first, first + offsets))])
+    phi[R:].view(offsets, R, C).mul_(wrapped[:R])
     # The last offset of an even rank has half as many pairs.
     phi = phi[: expanded_rank(R, terms)]
     return (phi if c is None else phi.mul_(c.unsqueeze(1))).to(dtype)

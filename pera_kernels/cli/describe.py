@@ -12,7 +12,7 @@ from .. import __version__, backends, reference
 from ..adapters.checkpoint import AdapterFile
 from ..adapters.export import vllm_max_lora_rank
 from ..checks import BACKENDS
-from ..kernels import tiles
+from ..kernels import interpreting, tiles
 from ..module import quadratic_share
 from ..terms import expanded_rank
 
@@ -45,7 +45,7 @@ def installation() -> dict[str, Any]:
         "auto": backends.resolve("auto", device, (torch.float32,)),
         "backends": reasons,
         "tile_table": tiles.architecture(device),
-        "interpreting": backends.interpreting(),
+        "interpreting": interpreting(),
     }
 
 
