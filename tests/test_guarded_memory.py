@@ -14,7 +14,7 @@ import pera_kernels as pk
 from pera_kernels import testing
 from pera_kernels.backends import unavailable
 from pera_kernels.dropout import draw_seed
-from pera_kernels.operands import Base, Factors, Options
+from pera_kernels.operands import Base, Factors, Options, Saved
 from pera_kernels.terms import TERMS, lane_count
 from pera_kernels.testing import Case
 
@@ -156,7 +156,8 @@ def test_kernels_write_nothing_beside_their_outputs(name, triton_backend, device
             seed = draw_seed(device) if case.dropout_p else None
             (y,), (u,) = ops.forward(p.x, [Base(p.weight, p.bias)], [adapter], seed, options)
             kept = None if case.plan == "composed" else u
-            results = [y, *ops.backward(p.dy, p.x, kept, p.weight, adapter, seed, options, needs)]
+            saved = Saved(p.x, kept, p.weight, adapter, seed)
+            results = [y, *ops.backward(p.dy, saved, options, needs)]
     assert mode.count >= 6
     guards.assert_margins()
     for t in results:

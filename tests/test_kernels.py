@@ -51,6 +51,15 @@ def test_layers_that_share_a_split_projection(triton_backend, device, poison):
         torch.testing.assert_close(y, expected, rtol=1e-4, atol=1e-4)
 
 
+def test_a_sum_of_more_parts_than_a_block_has(triton_backend, device):
+    from pera_kernels.kernels.reduce import SUM_BLOCKS, Sum, sum_partials
+
+    partial = torch.randn(2 * SUM_BLOCKS["BLOCK_P"] + 5, 3, 50, device=device)
+    out = torch.empty(3, 60, device=device)[:, :50]
+    sum_partials([Sum(partial, out, 50, out.stride(0))])
+    torch.testing.assert_close(out, partial.sum(0))
+
+
 @pytest.mark.parametrize(
     "factor_dtype, dtype",
     [
