@@ -238,17 +238,19 @@ def _exact(layer: Layer) -> Layer:
     module = copy.deepcopy(layer.module, memo)
     for parent in list(module.modules()):
         for name, norm in parent.named_children():
-            if hasattr(norm, "variance_epsilon"):
-                double = nn.RMSNorm(norm.weight.shape, eps=norm.variance_epsilon)
-                double.weight = norm.weight
+            epsilon, weight = getattr(norm, "variance_epsilon", None), getattr(norm, "weight", None)
+            if epsilon is not None and isinstance(weight, nn.Parameter):
+                double = nn.RMSNorm(weight.shape, eps=epsilon)
+                double.weight = weight
                 setattr(parent, name, double)
     return Layer(module.double(), {name: memo[id(t)] for name, t in layer.trains.items()})
 
 
 def expected(base: Base, adapted: Adapted) -> tuple[list[Outputs], list[Outputs]]:
     """The plain reference in the layer's dtype, and the same in a float64 copy of the layer."""
-    settings = {"backend": "reference", "terms": adapted.terms, "shared_inputs": ()}
-    adapt = functools.partial(adapt_pera, **settings)
+    adapt = functools.partial(
+        adapt_pera, backend="reference", terms=adapted.terms, shared_inputs=()
+    )
     plain = replace(adapted, adapt=adapt, autocast=False).build(base)
     exact = _exact(plain)
     return (
@@ -291,12 +293,22 @@ def step_call(layer: Layer, base: Base, phase: str) -> timing.Call:
     return step
 
 
+def kept_bytes(layer: Layer, base: Base) -> int:
+    """What the forward keeps for the backward besides its input, parameters and output."""
+    # What is made once and kept, such as a table, is made in the first call.
+    layer.module(base.x)
+    held = memory(lambda: layer.module(base.x), base.device).held
+    # CUDA's allocator rounds sizes up: the output may count for a little more than it is.
+    return max(0, held - base.dy.nbytes)
+
+
 def measure(
     size: Size, base: Base, chosen: Sequence[Adapted], rounds: int, environment: rows.Row
 ) -> Iterator[rows.Row]:
     """Rows as they are measured: those that failed the gate, then those that were timed."""
     case, device = base.case, base.device
-    judged, layers = {}, {}
+    judged: dict[Adapted, Judgement] = {}
+    layers: dict[Adapted, Layer] = {}
     wanted: dict[tuple[Terms, bool], tuple[list[Outputs], list[Outputs]]] = {}
 
     def row(own: Adapted, phase: str, **measured: Any) -> rows.Row:
@@ -322,13 +334,7 @@ def measure(
             layers[own] = own.build(base)
     # The float64 results take more memory than a layer does.
     wanted.clear()
-    forward = {own: functools.partial(layer.module, base.x) for own, layer in layers.items()}
-    size_of_y = base.dy.nbytes
-    for call in forward.values():
-        call()
-    saved = {
-        own: max(0, memory(call, device).held - size_of_y) / MIB for own, call in forward.items()
-    }
+    saved = {own: kept_bytes(layer, base) / MIB for own, layer in layers.items()}
     for phase in PHASES:
         calls = {own: step_call(layer, base, phase) for own, layer in layers.items()}
         for call in calls.values():

@@ -23,6 +23,8 @@ def list_of(
                 raise argparse.ArgumentTypeError(f"{word!r} is none of {', '.join(known)}")
         return words
 
+    # What argparse calls a word that cannot be parsed.
+    parse_list.__name__ = f"{parse.__name__} list"
     return parse_list
 
 

@@ -14,7 +14,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import pandas as pd
+import pandas as pd  # type: ignore[import-untyped]
 
 from . import rows
 from .decoder import TARGETS
@@ -197,7 +197,11 @@ def plot(frame: pd.DataFrame, x: str, y: str, unit: str, path: Path) -> None:
     present = [name for name in CONTENDERS if name != "frozen" and name in set(frame.contender)]
     dtypes = list(frame.dtype.unique())
     # The same rows give the same file, with letters as text; mid-grey reads on light and on dark.
-    style = {"svg.hashsalt": "pera", "svg.fonttype": "none", "savefig.transparent": True}
+    style: dict[Any, Any] = {
+        "svg.hashsalt": "pera",
+        "svg.fonttype": "none",
+        "savefig.transparent": True,
+    }
     style |= dict.fromkeys(("text.color", "axes.labelcolor", "axes.edgecolor"), GREY)
     style |= dict.fromkeys(("xtick.color", "ytick.color", "axes.titlecolor"), GREY)
     with matplotlib.rc_context(style):
@@ -246,8 +250,9 @@ def render(text: str, parts: Mapping[str, Callable[[], str]], name: str) -> str:
         pattern = re.compile(rf"(<!-- {part}: generated -->\n).*?(<!-- end -->)", re.DOTALL)
         if len(pattern.findall(text)) != 1:
             raise ValueError(f"{name} must have exactly one part marked {part!r}")
-        made = generate()
-        text = pattern.sub(lambda found, made=made: f"{found[1]}{made}\n{found[2]}", text)
+        # As a replacement text its backslashes would be read.
+        escaped = generate().replace("\\", r"\\")
+        text = pattern.sub(rf"\g<1>{escaped}\n\g<2>", text)
     return text
 
 
