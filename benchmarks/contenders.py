@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
@@ -11,7 +9,6 @@ from torch import nn
 
 import pera_kernels as pk
 from pera_kernels.backends import interpreting
-from pera_kernels.terms import Terms
 from pera_kernels.testing import Case, Inputs
 
 __all__ = ["FROZEN", "OURS", "Contender", "Layer", "frozen_linear"]
@@ -56,11 +53,12 @@ class Contender:
         return None
 
 
-def frozen_linear(weight: torch.Tensor, bias: torch.Tensor) -> nn.Linear:
+def frozen_linear(weight: torch.Tensor, bias: torch.Tensor | None) -> nn.Linear:
     """An ``nn.Linear`` that shares these and trains neither."""
-    layer = nn.Linear(weight.shape[1], weight.shape[0], device="meta")
+    layer = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None, device="meta")
     layer.weight = nn.Parameter(weight, requires_grad=False)
-    layer.bias = nn.Parameter(bias, requires_grad=False)
+    if bias is not None:
+        layer.bias = nn.Parameter(bias, requires_grad=False)
     return layer
 
 
@@ -83,11 +81,6 @@ def _pera_layer(
         if layer.pera_h is not None and inputs.h is not None:
             layer.pera_h.copy_(inputs.h)
     return layer
-
-
-def _trained(layer: pk.PeraLinear) -> dict[str, torch.Tensor]:
-    named = {"dA": layer.pera_A, "dB": layer.pera_B, "dh": layer.pera_h}
-    return {name: tensor for name, tensor in named.items() if tensor is not None}
 
 
 class Frozen(Contender):
@@ -123,7 +116,8 @@ class Pera(Contender):
 
     def build(self, case: Case, inputs: Inputs) -> Layer:
         layer = _pera_layer(case, inputs, inputs.weight, self.backend, self.plan)
-        return Layer(layer, _trained(layer))
+        named = {"dA": layer.pera_A, "dB": layer.pera_B, "dh": layer.pera_h}
+        return Layer(layer, {name: t for name, t in named.items() if t is not None})
 
     def judged_as(self, case: Case) -> Case:
         # "auto" may choose a plan only where it is as accurate as "factored".
@@ -137,36 +131,18 @@ class Pera(Contender):
         return None
 
 
-class CompiledReference(Contender):
+class CompiledReference(Pera):
     """The plain reference under ``torch.compile``, compiled for every case."""
 
     def build(self, case: Case, inputs: Inputs) -> Layer:
-        layer = _pera_layer(case, inputs, inputs.weight, "reference", "factored")
-        return Layer(_Compiled(layer), _trained(layer))
+        layer = super().build(case, inputs)
+        module = torch.compile(layer.module, fullgraph=True, dynamic=False)
+        assert isinstance(module, nn.Module)
+        return Layer(module, layer.trains)
 
     def judged_as(self, case: Case) -> Case:
         # Compiled code draws random numbers of its own, so it is judged without dropout.
         return replace(case, dropout_p=0.0)
-
-
-class _Compiled(nn.Module):
-    def __init__(self, layer: pk.PeraLinear) -> None:
-        super().__init__()
-        self.layer = layer
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        own = self.layer
-        call = _compiled(own.scale, own.terms, own.dropout if self.training else 0.0)
-        return call(x, own.weight, own.pera_A, own.pera_B, own.pera_h, own.bias)
-
-
-@functools.cache
-def _compiled(scale: float, terms: Terms, dropout_p: float) -> Callable[..., torch.Tensor]:
-    """One compiled function for all layers of the same settings."""
-    call = functools.partial(
-        pk.pera_linear, scale=scale, terms=terms, dropout_p=dropout_p, backend="reference"
-    )
-    return torch.compile(call, fullgraph=True, dynamic=False)
 
 
 OURS: tuple[Contender, ...] = (
@@ -175,7 +151,9 @@ OURS: tuple[Contender, ...] = (
     # The reference makes its index table on the host in every call.
     Pera("reference", backend="reference", capturable=False),
     # Compiled code frees or overwrites what its forward kept.
-    CompiledReference("reference-compiled", capturable=False, repeats_backward=False),
+    CompiledReference(
+        "reference-compiled", backend="reference", capturable=False, repeats_backward=False
+    ),
     Pera("auto", plan="auto"),
     Pera("torch", backend="torch"),
     Pera("torch-composed", plan="composed", backend="torch"),

@@ -9,9 +9,10 @@ numeric rule first. Rows have contender "kernel:<name>" and phase "kernel".
 from __future__ import annotations
 
 import argparse
+import functools
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,10 +23,10 @@ import torch.nn.functional as F
 from pera_kernels import reference
 from pera_kernels.backends import interpreting
 from pera_kernels.terms import TERMS, circular_order, coefficient_count, lane_count
-from pera_kernels.testing import Case, judge
+from pera_kernels.testing import Case
 
 from . import options, rows, timing
-from .gate import Judgement
+from .gate import Judgement, compare
 from .roofline import Ceilings, Work, speed
 
 __all__ = ["Kernel", "Operands", "kernels"]
@@ -78,6 +79,11 @@ class Operands:
         phi = expansion(leaves[0], h, self.case)
         return torch.autograd.grad(phi, leaves, self.u.double().t() @ x.double())
 
+    def composed(self) -> Tensors:
+        """W0 + ΔW."""
+        product = self.phi_b.double().t() @ self.phi_a.double()
+        return (self.weight.double() + SCALE * product,)
+
 
 @dataclass(frozen=True)
 class Kernel:
@@ -94,12 +100,11 @@ class Kernel:
 
 def kernels(o: Operands) -> dict[str, Kernel]:
     """Everything that is timed on these operands; the first one is the measure of a sample."""
-    from pera_kernels.kernels.launch import Factor, in_memory
-
     from pera_kernels.kernels.accumulate import accumulate
     from pera_kernels.kernels.compose import compose
     from pera_kernels.kernels.contract import contract
     from pera_kernels.kernels.expand import expand
+    from pera_kernels.kernels.launch import Factor, in_memory
     from pera_kernels.kernels.project import project
     from pera_kernels.kernels.reduce import sum_partials
 
@@ -108,7 +113,7 @@ def kernels(o: Operands) -> dict[str, Kernel]:
     on_y = Work(0, T * N * size)
     base = Work(2 * T * N * N, (2 * T * N + N * N) * size)
     skinny = Work(2 * T * lanes * N, (T * (N + lanes) + lanes * N) * size)
-    composed = Work(2 * lanes * N * N, 2 * (N + lanes) * N * size)
+    on_phi = Work(0, 2 * lanes * N * size)
 
     def factor(rows: torch.Tensor, h: torch.Tensor | None) -> Factor:
         return Factor(rows, h, case.r, case.terms)
@@ -134,76 +139,60 @@ def kernels(o: Operands) -> dict[str, Kernel]:
         product = SCALE * o.u.double() @ o.phi_b.double()
         return (product if y is None else y.double() + product,)
 
-    dh = () if o.dh is None else (o.dh,)
-    found = {
-        "x W0ᵀ + bias": Kernel(lambda: F.linear(o.x, o.weight, o.bias), base),
-        "dy W0": Kernel(lambda: o.dy @ o.weight, base),
-        "y += x W0ᵀ": Kernel(lambda: o.y.addmm_(o.x, o.weight.t()), base + on_y),
-        "y += dy W0": Kernel(lambda: o.y.addmm_(o.dy, o.weight), base + on_y),
-        "x W0ᵀ + bias, then += u φ": Kernel(linear_first, base + skinny + on_y),
-        "u φ, then += x W0ᵀ": Kernel(update_first, base + skinny + on_y),
-        "copy x to y": Kernel(lambda: o.y.copy_(o.x), on_y + on_y),
-        "x φᵀ, φ in memory": Kernel(
-            lambda: project(o.x, phi_a, out=o.out),
-            skinny,
-            lambda: projected(o.x, o.phi_a),
-            (o.out,),
-        ),
-        "x φᵀ, φ(A) on chip": Kernel(
-            lambda: project(o.x, a, out=o.out), skinny, lambda: projected(o.x, exact(o.A)), (o.out,)
-        ),
-        "x φᵀ, φ(B) on chip": Kernel(
-            lambda: project(o.dy, b, out=o.out),
-            skinny,
-            lambda: projected(o.dy, exact(o.B.t())),
-            (o.out,),
-        ),
-        "x φᵀ, cuBLAS": Kernel(lambda: torch.mm(o.x, o.phi_a.t(), out=o.out), skinny),
-        "y += u φ": Kernel(
-            lambda: accumulate(o.y, o.u, o.phi_b, out=o.y, scale=SCALE),
-            skinny + on_y,
-            lambda: update(o.y),
-            (o.y,),
-        ),
-        "y = u φ": Kernel(
-            lambda: accumulate(None, o.u, o.phi_b, out=o.y, scale=SCALE),
-            skinny,
-            lambda: update(None),
-            (o.y,),
-        ),
-        "y += u φ, cuBLAS": Kernel(lambda: o.y.addmm_(o.u, o.phi_b, alpha=SCALE), skinny + on_y),
-        "y = u φ, cuBLAS": Kernel(lambda: torch.mm(o.u, o.phi_b, out=o.y), skinny),
-        "dφ(B) to dB and dh": Kernel(
-            lambda: contract(o.u, o.dy, b_h, df=o.dB.t(), dh=o.dh, scale=1.0),
-            skinny,
-            lambda: o.contracted(o.dy, o.B.t(), with_dh=True),
-            (o.dB.t(), *dh),
-        ),
-        "dφ(A) to dA": Kernel(
-            lambda: contract(o.u, o.x, a_h, df=o.dA, dh=None, scale=1.0),
-            skinny,
-            lambda: o.contracted(o.x, o.A, with_dh=False),
-            (o.dA,),
-        ),
-        "dφ, cuBLAS": Kernel(lambda: o.u.t() @ o.dy, skinny),
-        "expand both": Kernel(
-            lambda: expand([b_h, a], dtype=case.dtype),
-            Work(0, 2 * lanes * N * size),
-            lambda: (exact(o.B.t(), o.h), exact(o.A)),
-        ),
-        "W0 + ΔW": Kernel(
-            lambda: compose(o.weight, o.phi_b, o.phi_a, scale=SCALE),
-            composed,
-            lambda: (o.weight.double() + SCALE * o.phi_b.double().t() @ o.phi_a.double(),),
-        ),
-    }
+    found: dict[str, Kernel] = {}
+
+    def add(
+        name: str,
+        call: Callable[[], Any],
+        work: Work,
+        truth: Callable[[], Tensors] | None = None,
+        *results: torch.Tensor | None,
+    ) -> None:
+        found[name] = Kernel(call, work, truth, tuple(t for t in results if t is not None))
+
+    add("x W0ᵀ + bias", lambda: F.linear(o.x, o.weight, o.bias), base)
+    add("dy W0", lambda: o.dy @ o.weight, base)
+    add("y += x W0ᵀ", lambda: o.y.addmm_(o.x, o.weight.t()), base + on_y)
+    add("y += dy W0", lambda: o.y.addmm_(o.dy, o.weight), base + on_y)
+    add("x W0ᵀ + bias, then += u φ", linear_first, base + skinny + on_y)
+    add("u φ, then += x W0ᵀ", update_first, base + skinny + on_y)
+    add("copy x to y", lambda: o.y.copy_(o.x), on_y + on_y)
+
+    memory, chip_a, chip_b = (
+        functools.partial(project, x, phi, out=o.out)
+        for x, phi in ((o.x, phi_a), (o.x, a), (o.dy, b))
+    )
+    add("x φᵀ, φ in memory", memory, skinny, lambda: projected(o.x, o.phi_a), o.out)
+    add("x φᵀ, φ(A) on chip", chip_a, skinny, lambda: projected(o.x, exact(o.A)), o.out)
+    add("x φᵀ, φ(B) on chip", chip_b, skinny, lambda: projected(o.dy, exact(o.B.t())), o.out)
+    add("x φᵀ, cuBLAS", lambda: torch.mm(o.x, o.phi_a.t(), out=o.out), skinny)
+
+    onto, alone = (
+        functools.partial(accumulate, y, o.u, o.phi_b, out=o.y, scale=SCALE) for y in (o.y, None)
+    )
+    add("y += u φ", onto, skinny + on_y, lambda: update(o.y), o.y)
+    add("y = u φ", alone, skinny, lambda: update(None), o.y)
+    add("y += u φ, cuBLAS", lambda: o.y.addmm_(o.u, o.phi_b, alpha=SCALE), skinny + on_y)
+    add("y = u φ, cuBLAS", lambda: torch.mm(o.u, o.phi_b, out=o.y), skinny)
+
+    to_b = functools.partial(contract, o.u, o.dy, b_h, df=o.dB.t(), dh=o.dh, scale=1.0)
+    to_a = functools.partial(contract, o.u, o.x, a_h, df=o.dA, dh=None, scale=1.0)
+    truth_b = functools.partial(o.contracted, o.dy, o.B.t(), with_dh=True)
+    truth_a = functools.partial(o.contracted, o.x, o.A, with_dh=False)
+    add("dφ(B) to dB and dh", to_b, skinny, truth_b, o.dB.t(), o.dh)
+    add("dφ(A) to dA", to_a, skinny, truth_a, o.dA)
+    add("dφ, cuBLAS", lambda: o.u.t() @ o.dy, skinny)
     if o.x.is_cuda:
-        found["dφ, cuBLAS, float32 out"] = Kernel(
-            lambda: torch.mm(o.u.t(), o.dy, out_dtype=torch.float32), skinny
-        )
-    if sums := contract(o.u, o.dy, b_h, df=o.dB.t(), dh=o.dh, scale=1.0):
+        single = functools.partial(torch.mm, o.u.t(), o.dy, out_dtype=torch.float32)
+        add("dφ, cuBLAS, float32 out", single, skinny)
+    if sums := to_b():
         read = sum(pending.partial.nbytes for pending in sums)
-        found["sum the parts of dB and dh"] = Kernel(lambda: sum_partials(sums), Work(0, read))
+        add("sum the parts of dB and dh", lambda: sum_partials(sums), Work(0, read))
+
+    both = functools.partial(expand, [b_h, a], dtype=case.dtype)
+    add("expand both", both, on_phi, lambda: (exact(o.B.t(), o.h), exact(o.A)))
+    composed = functools.partial(compose, o.weight, o.phi_b, o.phi_a, scale=SCALE)
+    add("W0 + ΔW", composed, Work(2 * lanes * N * N, 2 * N * N * size) + on_phi, o.composed)
     return found
 
 
@@ -219,16 +208,17 @@ def judgement(kernel: Kernel, dtype: torch.dtype) -> Judgement:
     except Exception as error:
         return Judgement.of(error)
     found = returned if isinstance(returned, (list, tuple)) else [returned]
+    # What was split is complete after these sums.
     sum_partials([pending for pending in found if isinstance(pending, Sum)])
-    verdicts = [
-        judge("result", got, exact.to(got.dtype), exact, dtype)
-        for got, exact in zip(kernel.results or found, truth, strict=True)
-    ]
-    failed = [str(v) for v in verdicts if v.notes or not v.ratio <= 1.0]
-    return Judgement(max(verdict.ratio for verdict in verdicts), "; ".join(failed) or None)
+    got = {f"result {number}": own for number, own in enumerate(kernel.results or found)}
+    exact = dict(zip(got, truth, strict=True))
+    rounded = {name: own.to(got[name].dtype) for name, own in exact.items()}
+    return compare([got], [rounded], [exact], dtype)
 
 
-def measure(case: Case, rounds: int, ceilings: Ceilings, environment: rows.Row) -> list[rows.Row]:
+def measure(
+    case: Case, rounds: int, ceilings: Ceilings, environment: rows.Row
+) -> Iterator[rows.Row]:
     """The rows of one case: those that failed the rule, then those that were timed."""
     device = ceilings.device
     # The interpreter takes so long that a cache makes no difference.
@@ -236,24 +226,19 @@ def measure(case: Case, rounds: int, ceilings: Ceilings, environment: rows.Row) 
     count = 1 if device.type == "cpu" else timing.set_count(touched, device)
     sets = [kernels(Operands(case, device, seed)) for seed in range(count)]
     judged = {name: judgement(kernel, case.dtype) for name, kernel in sets[0].items()}
-    sound = [name for name, found in judged.items() if not found.failure]
 
     def row(name: str, **measured: Any) -> rows.Row:
-        key = {"contender": f"kernel:{name}", "plan": "factored", **rows.of_case(case)}
+        key = {"contender": f"kernel:{name}", "plan": "factored", "phase": "kernel"}
         error = {"error_ratio": judged[name].error_ratio}
-        return {**key, "phase": "kernel", **error, **environment, **measured}
+        return {**key, **rows.of_case(case), **error, **environment, **measured}
 
-    found = [
-        row(name, status="failed", note=own.failure) for name, own in judged.items() if own.failure
-    ]
-    calls = {name: [own[name].call for own in sets] for name in sound}
+    for name, own in judged.items():
+        if own.failure:
+            yield row(name, status="failed", note=own.failure)
+    calls = {name: [own[name].call for own in sets] for name in sets[0] if not judged[name].failure}
     for name, timed in timing.time_calls(calls, rounds, device).items():
-        low, high = timed.spread
-        measured = {"median_ms": timed.median, "p20_ms": low, "p80_ms": high}
-        measured |= speed(sets[0][name].work, timed.median, ceilings, case.dtype)
-        extra = {"graph": timed.graph, "rounds": rounds, "note": timed.note}
-        found.append(row(name, **measured, **extra))
-    return found
+        achieved = speed(sets[0][name].work, timed.median, ceilings, case.dtype)
+        yield row(name, **timed.keys(), **achieved)
 
 
 def parser() -> argparse.ArgumentParser:

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from pera_kernels.testing import Case, Inputs, make_inputs
+from pera_kernels.testing import Case, make_inputs
 
 from . import roofline, timing
 from .contenders import FROZEN, OURS, Contender, Layer
@@ -17,7 +17,15 @@ from .memory import memory
 from .peers import PEERS
 from .rows import Row, of_case
 
-__all__ = ["CONTENDERS", "DEFAULT", "PHASES", "phase_call", "run_case", "select"]
+__all__ = [
+    "CONTENDERS",
+    "DEFAULT",
+    "PHASES",
+    "measure_phase",
+    "phase_call",
+    "run_case",
+    "select",
+]
 
 PHASES = ("forward", "backward", "both", "eval")
 CONTENDERS = {own.name: own for own in (*OURS, *PEERS)}
@@ -44,61 +52,77 @@ def select(
     return chosen, reasons
 
 
-def phase_call(layer: Layer, inputs: Inputs, phase: str) -> timing.Call:
+def phase_call(layer: Layer, x: torch.Tensor, dy: torch.Tensor, phase: str) -> timing.Call:
     """A call of one phase; a "backward" runs again and again over one forward.
 
     The layer is left in evaluation mode for "eval", which computes y alone, and in training mode
-    for the others.
+    for the others. A "step" is forward, backward and AdamW on what is trained.
     """
-    module, x, dy = layer.module, inputs.x, inputs.dy
+    module, trained = layer.module, list(layer.trains.values())
     module.train(phase != "eval")
-    leaves = [x, *layer.trains.values()]
     if phase == "forward":
         return lambda: module(x)
     if phase == "eval":
         return torch.no_grad()(lambda: module(x))
     if phase == "both":
-        return lambda: torch.autograd.grad(module(x), leaves, dy)
-    y = module(x)
-    return lambda: torch.autograd.grad(y, leaves, dy, retain_graph=True)
-
-
-def _input_sets(inputs: Inputs, device: torch.device) -> list[Inputs]:
-    """Copies of the inputs in as many places as it takes to miss the cache, x as a leaf."""
-    # A forward reads at least these two.
-    count = timing.set_count(inputs.x.nbytes + inputs.weight.nbytes, device)
-    return [
-        replace(
-            inputs,
-            x=inputs.x.detach().clone().requires_grad_(),
-            weight=inputs.weight.clone(),
-            dy=inputs.dy.clone(),
-        )
-        for _ in range(count)
-    ]
-
-
-def _saved_mib(layer: Layer, inputs: Inputs, device: torch.device) -> float:
-    """What the forward keeps for the backward besides inputs, parameters and y."""
-    forward = phase_call(layer, inputs, "forward")
-    # What is made once and kept, such as an index table, is made in the first call.
-    y = forward()
-    assert isinstance(y, torch.Tensor)
-    size = y.nbytes
-    del y
-    # CUDA's allocator rounds sizes up: y may count for a little more than it is.
-    return max(0, memory(forward, device).held - size) / MIB
-
-
-def _peak_mib(layer: Layer, inputs: Inputs, phase: str, device: torch.device) -> float:
-    """The most memory one call holds above inputs and parameters; in a backward that includes the
-    output and what the forward kept.
-    """
-    phase_call(layer, inputs, phase)()
-    held = 0
+        return lambda: torch.autograd.grad(module(x), [x, *trained], dy)
     if phase == "backward":
-        held = memory(phase_call(layer, inputs, "forward"), device).held
-    return (held + memory(phase_call(layer, inputs, phase), device).peak) / MIB
+        y = module(x)
+        return lambda: torch.autograd.grad(y, [x, *trained], dy, retain_graph=True)
+    # A captured step must not read the number of steps from the host.
+    optimizer = torch.optim.AdamW(trained, 1e-4, capturable=x.is_cuda) if trained else None
+
+    def step() -> None:
+        module(x).backward(dy)
+        if optimizer is not None:
+            optimizer.step()
+            optimizer.zero_grad()
+        x.grad = None
+
+    return step
+
+
+def memory_keys(
+    layer: Layer, x: torch.Tensor, dy: torch.Tensor, phase: str, device: torch.device
+) -> Row:
+    """What the forward keeps for the backward besides inputs, parameters and y, and the most that a
+    call holds above inputs and parameters; in a backward that includes what the forward kept.
+    """
+    forward = phase_call(layer, x, dy, "forward")
+    # What is made once, such as an index table or an optimizer's state, is made in a first call.
+    forward()
+    kept = memory(forward, device).held
+    call = phase_call(layer, x, dy, phase)
+    call()
+    peak = memory(call, device).peak + (kept if phase == "backward" else 0)
+    # CUDA's allocator rounds sizes up: y may count for a little more than it is.
+    return {"peak_mib": peak / MIB, "saved_mib": max(0, kept - dy.nbytes) / MIB}
+
+
+def measure_phase(
+    built: Mapping[timing.Name, Sequence[Layer]],
+    inputs: Sequence[tuple[torch.Tensor, torch.Tensor]],
+    phase: str,
+    rounds: int,
+    eager: Collection[timing.Name] = (),
+) -> dict[timing.Name, Row]:
+    """The measured keys of a row for each name, the frozen layer's first; everybody has a layer for
+    each x and dy.
+    """
+    device = inputs[0][0].device
+    memories = {name: memory_keys(own[0], *inputs[0], phase, device) for name, own in built.items()}
+    calls = {
+        name: [phase_call(layer, x, dy, phase) for layer, (x, dy) in zip(own, inputs, strict=True)]
+        for name, own in built.items()
+    }
+    timings = timing.time_calls(calls, rounds, device, eager)
+    frozen = next(iter(timings.values()))
+    found = {}
+    for name, own in timings.items():
+        host = timing.host_us(calls[name][0], device)
+        ratio = {"ratio_to_frozen": own.ratio_to(frozen), "host_us": host}
+        found[name] = {**own.keys(), **ratio, **memories[name]}
+    return found
 
 
 def run_case(
@@ -121,41 +145,24 @@ def run_case(
         error = {"error_ratio": judged[own.name].error_ratio}
         return {**key, **error, **environment, **measured}
 
-    for contender in chosen:
-        if failure := judged[contender.name].failure:
-            yield row(contender, "gate", status="failed", note=failure)
+    for own in chosen:
+        if failure := judged[own.name].failure:
+            yield row(own, "gate", status="failed", note=failure)
     sound = {own.name: own for own in chosen if not judged[own.name].failure}
-    sets = _input_sets(inputs, device)
-    layers = {name: [own.build(case, given) for given in sets] for name, own in sound.items()}
-    saved = {name: _saved_mib(own[0], sets[0], device) for name, own in layers.items()}
+    # As many copies as it takes to miss the cache; a forward reads at least x and the weight.
+    count = timing.set_count(inputs.x.nbytes + inputs.weight.nbytes, device)
+    sets = [replace(inputs, weight=inputs.weight.clone()) for _ in range(count)]
+    pairs = [(inputs.x.clone().requires_grad_(), inputs.dy.clone()) for _ in sets]
+    built = {name: [own.build(case, given) for given in sets] for name, own in sound.items()}
     for phase in phases:
         able = {
-            name: own
-            for name, own in layers.items()
+            name: made
+            for name, made in built.items()
             if phase != "backward" or sound[name].repeats_backward
         }
-        peak = {name: _peak_mib(own[0], sets[0], phase, device) for name, own in able.items()}
-        calls = {
-            name: [phase_call(*pair, phase) for pair in zip(own, sets, strict=True)]
-            for name, own in able.items()
-        }
         eager = [name for name in able if not sound[name].capturable]
-        timings = timing.time_calls(calls, rounds, device, eager)
-        for name, found in timings.items():
-            contender, (low, high) = sound[name], found.spread
-            own = roofline.work(contender.plan, contender.judged_as(case) or case, phase)
-            yield row(
-                contender,
-                phase,
-                median_ms=found.median,
-                p20_ms=low,
-                p80_ms=high,
-                ratio_to_frozen=found.ratio_to(timings[FROZEN]),
-                peak_mib=peak[name],
-                saved_mib=saved[name],
-                host_us=timing.host_us(calls[name][0], device),
-                graph=found.graph,
-                rounds=len(found.samples),
-                note=found.note,
-                **roofline.speed(own, found.median, ceilings, case.dtype),
-            )
+        for name, keys in measure_phase(able, pairs, phase, rounds, eager).items():
+            own = sound[name]
+            done = roofline.work(own.plan, own.judged_as(case) or case, phase)
+            achieved = roofline.speed(done, keys["median_ms"], ceilings, case.dtype)
+            yield row(own, phase, **keys, **achieved)

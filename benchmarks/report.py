@@ -17,6 +17,7 @@ from typing import Any
 import pandas as pd  # type: ignore[import-untyped]
 
 from . import rows
+from .contenders import FROZEN
 from .decoder import TARGETS
 from .layers import CONTENDERS
 
@@ -78,28 +79,30 @@ def shown(frame: pd.DataFrame, phase: str) -> pd.DataFrame:
     return frame.query(f"n == {n} and m == {m}")
 
 
-def _cell(row: Any) -> str:
-    return f"{row.ratio_to_frozen:.2f} ({row.median_ms:.3g})"
+def _cells(frame: pd.DataFrame) -> list[str]:
+    return [f"{row.ratio_to_frozen:.2f} ({row.median_ms:.3g})" for row in frame.itertuples()]
+
+
+def across(frame: pd.DataFrame, index: str, cells: Sequence[str]) -> str:
+    """One line for each value of ``index``, dtypes and tokens across."""
+    frame = frame.assign(cell=cells, column=frame.dtype + ", T=" + frame["T"].astype(str))
+    order = frame.assign(dtype=frame.dtype.map(list(rows.DTYPES).index)).sort_values(["dtype", "T"])
+    table = frame.pivot(index=index, columns="column", values="cell")
+    return markdown(table.loc[frame[index].unique(), order.column.unique()].reset_index())
 
 
 def ratios(frame: pd.DataFrame, phase: str) -> str:
-    """Ratio to the frozen layer and median: contenders down, dtypes and tokens across."""
+    """Ratio to the frozen layer and median of every contender."""
     frame = shown(frame, phase)
     if frame.empty:
         return ""
-    table = frame.assign(cell=[_cell(row) for row in frame.itertuples()])
-    table = table.pivot(index="contender", columns=["dtype", "T"], values="cell")
-    names = [name for name in CONTENDERS if name in table.index]
-    # A table reads from the plainest dtype to the mixed ones, and from few tokens to many.
-    table = table.loc[
-        names, sorted(table.columns, key=lambda c: (list(rows.DTYPES).index(c[0]), c))
-    ]
-    table.columns = pd.Index([f"{dtype}, T={T}" for dtype, T in table.columns])
+    order = frame.contender.map(list(CONTENDERS).index)
+    frame = frame.loc[order.sort_values(kind="stable").index]
     what = {"both": "Forward + backward", "eval": "Evaluation without gradients"}[phase]
     first = frame.iloc[0]
     return (
-        f"{markdown(table.reset_index())}\n\n{what}, {first.n}→{first.m}, r=16: ratio to the "
-        "frozen linear layer in the same rounds (median ms in brackets). "
+        f"{across(frame, 'contender', _cells(frame))}\n\n{what}, {first.n}→{first.m}, r=16: ratio "
+        "to the frozen linear layer in the same rounds (median ms in brackets). "
         f"{conditions(frame)}."
     )
 
@@ -110,45 +113,35 @@ def _layers(pattern: str, phases: Sequence[str], absent: str) -> str:
 
 
 def kernels() -> str:
-    """Kernels down, tokens across: microseconds, and the share of the roofline."""
+    """Microseconds of every kernel, and the share of the roofline."""
     parts = []
     for own in load("gpu*.jsonl"):
-        frame = own.query("phase == 'kernel' and r == 16 and terms == 'full'")
-        if frame.empty:
-            continue
-        cells = [f"{1e3 * r.median_ms:.1f} ({r.roofline_share:.0%})" for r in frame.itertuples()]
-        frame = frame.assign(cell=cells, kernel=frame.contender.str.removeprefix("kernel:"))
-        table = frame.pivot_table(
-            index="kernel", columns=["dtype", "T"], values="cell", aggfunc="last", sort=False
-        )
-        table.columns = pd.Index([f"{dtype}, T={T}" for dtype, T in table.columns])
-        caption = "Microseconds (share of the roofline in brackets)."
-        parts.append(f"{markdown(table.reset_index())}\n\n{caption} {conditions(frame)}.")
+        frame = own.query("phase == 'kernel' and r == 16 and terms == 'full' and n == 4096")
+        if not frame.empty:
+            frame = frame.assign(kernel=frame.contender.str.removeprefix("kernel:"))
+            cells = [
+                f"{1e3 * r.median_ms:.1f} ({r.roofline_share:.0%})" for r in frame.itertuples()
+            ]
+            caption = "4096→4096, r=16: microseconds (share of the roofline in brackets)."
+            parts.append(f"{across(frame, 'kernel', cells)}\n\n{caption} {conditions(frame)}.")
     return "\n\n".join(parts) or NOT_MEASURED
 
 
 def decoder() -> str:
     """A table for each layer and dtype: contenders down."""
     parts = []
+    keys = ["half", "size", "n", "m", "r"]
     for own in load("decoder-*.jsonl"):
-        own = own.assign(
-            dtype=own.dtype.str.partition("+")[0],
-            adapters=own.dtype.str.rpartition("+")[2].where(own.contender != "frozen", "-"),
-        )
-        # The note goes on behind a semicolon where a layer could not be captured.
-        own["size"] = own.note.str.partition(";")[0]
-        for (dtype, size, n, m, r), frame in own.groupby(
-            ["dtype", "size", "n", "m", "r"], sort=False
-        ):
-            by_phase = frame.set_index(["contender", "adapters", "phase"])
-            by_phase["cell"] = [_cell(row) for row in by_phase.itertuples()]
-            table = by_phase.cell.unstack("phase")
-            step = by_phase.xs("step", level="phase")
+        # A note goes on behind a semicolon where a layer could not be captured.
+        own = own.assign(half=own.dtype.str.partition("+")[0], size=own.note.str.partition(";")[0])
+        own["adapters"] = own.dtype.str.rpartition("+")[2].where(own.contender != FROZEN, "-")
+        for (dtype, size, n, m, r), frame in own.groupby(keys, sort=False):
+            frame = frame.assign(cell=_cells(frame)).set_index(["contender", "adapters", "phase"])
+            step = frame.xs("step", level="phase")
+            table = frame.cell.unstack("phase").loc[step.index]
+            table = table.set_axis(["forward + backward", "training step"], axis=1)
             table["peak of a step, MiB"] = step.peak_mib.map("{:.1f}".format)
             table["kept for the backward, MiB"] = step.saved_mib.map("{:.1f}".format)
-            table = table.loc[step.index].rename(
-                columns={"both": "forward + backward", "step": "training step"}
-            )
             caption = (
                 f"hidden {n}, intermediate {m}, {size}; adapters on {', '.join(TARGETS)}, r={r}, "
                 f"{dtype}: ratio to the frozen layer (median ms in brackets). A training step is "
@@ -194,7 +187,7 @@ def plot(frame: pd.DataFrame, x: str, y: str, unit: str, path: Path) -> None:
     frame = frame[frame["T" if x == "r" else "r"] == fixed]
     if frame[x].nunique() < 2:
         return
-    present = [name for name in CONTENDERS if name != "frozen" and name in set(frame.contender)]
+    present = [name for name in CONTENDERS if name != FROZEN and name in set(frame.contender)]
     dtypes = list(frame.dtype.unique())
     # The same rows give the same file, with letters as text; mid-grey reads on light and on dark.
     style: dict[Any, Any] = {
@@ -209,10 +202,9 @@ def plot(frame: pd.DataFrame, x: str, y: str, unit: str, path: Path) -> None:
             1, len(dtypes), figsize=(10, 4), sharey=True, squeeze=False, layout="constrained"
         )
         for axis, dtype in zip(axes[0], dtypes, strict=True):
+            # An absent contender is an empty column, so that every panel has the same legend.
             lines = frame[frame.dtype == dtype].pivot(index=x, columns="contender", values=y)
-            for number, name in enumerate(present):
-                # An absent contender draws an empty line, so that every panel has one legend.
-                points = lines[name].dropna() if name in lines else pd.Series(dtype=float)
+            for number, (name, points) in enumerate(lines.reindex(columns=present).items()):
                 width = 2.4 if name == "auto" else 1.2
                 axis.plot(points, marker="o", ms=3, lw=width, color=f"C{number}", label=name)
             axis.set(xscale="log", yscale="log", xlabel="tokens" if x == "T" else "rank")

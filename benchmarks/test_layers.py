@@ -23,7 +23,7 @@ def test_layer(benchmark, contender, phase):
     inputs = make_inputs(CASE, DEVICE)
     assert judge_all([contender], CASE, inputs, DEVICE)[contender.name].failure is None
     inputs.x.requires_grad_()
-    call = phase_call(contender.build(CASE, inputs), inputs, phase)
+    call = phase_call(contender.build(CASE, inputs), inputs.x, inputs.dy, phase)
 
     def finished():
         call()

@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import gc
 import itertools
 import math
 import random
 import statistics
 import time
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any, TypeVar
 
 import torch
 
-__all__ = ["Call", "Timing", "host_us", "place", "set_count", "time_calls"]
+__all__ = ["Call", "Name", "Timing", "host_us", "place", "set_count", "time_calls"]
 
 Call = Callable[[], object]
+Name = TypeVar("Name", bound=Hashable)
 
 # Inputs are rotated past this many times the last-level cache; tiny ones stop at MAX_SETS.
 CACHE_MULTIPLE = 3
@@ -46,11 +49,11 @@ class Timing:
     def median(self) -> float:
         return statistics.median(self.samples)
 
-    @property
-    def spread(self) -> tuple[float, float]:
-        """The 20th and the 80th percentile."""
+    def keys(self) -> dict[str, Any]:
+        """The keys of a row that say what was timed; spread is by the 20th and 80th percentile."""
         fifths = statistics.quantiles(self.samples, n=5, method="inclusive")
-        return fifths[0], fifths[3]
+        times = {"median_ms": self.median, "p20_ms": fifths[0], "p80_ms": fifths[3]}
+        return {**times, "graph": self.graph, "rounds": len(self.samples), "note": self.note}
 
     def ratio_to(self, other: Timing) -> float:
         """The median over rounds of this time over the other's in the same round."""
@@ -89,8 +92,7 @@ def _calls_per_sample(calls: Sequence[Call], device: torch.device) -> int:
     """As many whole rotations as fill a sample, by how long these warm calls take."""
     _synchronize(device)
     start = time.perf_counter()
-    for call in itertools.islice(itertools.cycle(calls), 3):
-        call()
+    _run(itertools.cycle(calls), 3)
     _synchronize(device)
     milliseconds = (time.perf_counter() - start) * 1e3 / 3
     count = max(1, min(CALLS[device.type], math.ceil(SAMPLE_MS[device.type] / milliseconds)))
@@ -103,11 +105,9 @@ def _cpu_sampler(rotation: Iterator[Call], count: int) -> Callable[[], float]:
     def sample() -> float:
         nonlocal sweep
         # One call that is not timed sweeps out what the contender before left behind.
-        if sweep:
-            next(rotation)()
+        _run(rotation, int(sweep))
         start = time.perf_counter()
-        for _ in range(count):
-            next(rotation)()
+        _run(rotation, count)
         milliseconds = (time.perf_counter() - start) * 1e3 / count
         sweep = milliseconds < SWEEP_BELOW_MS
         return milliseconds
@@ -134,17 +134,16 @@ def _captured(calls: Sequence[Call], count: int) -> torch.cuda.CUDAGraph:
     """``count`` warm calls in one CUDA graph, on the current stream."""
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph, stream=torch.cuda.current_stream()):
-        for call in itertools.islice(itertools.cycle(calls), count):
-            call()
+        _run(itertools.cycle(calls), count)
     return graph
 
 
 def time_calls(
-    calls: Mapping[str, Sequence[Call]],
+    calls: Mapping[Name, Sequence[Call]],
     rounds: int,
     device: torch.device,
-    eager: Collection[str] = (),
-) -> dict[str, Timing]:
+    eager: Collection[Name] = (),
+) -> dict[Name, Timing]:
     """Time the calls of every name, taken in rotation, for so many rounds.
 
     A sample is the same number of calls for everybody: as many as the first name needs to fill it.
@@ -152,11 +151,10 @@ def time_calls(
     be captured, whose ``note`` says so.
     """
     for own in calls.values():
-        for call in itertools.islice(itertools.cycle(own), max(3, len(own))):
-            call()
+        _run(itertools.cycle(own), max(3, len(own)))
     count = _calls_per_sample(next(iter(calls.values())), device)
     timings = {name: Timing() for name in calls}
-    samplers: dict[str, Callable[[], float]] = {}
+    samplers: dict[Name, Callable[[], float]] = {}
     turn = itertools.count()
     for name, own in calls.items():
         # All contenders draw on one counter: nobody is handed what the one before just read.
@@ -164,7 +162,7 @@ def time_calls(
         if device.type == "cpu":
             samplers[name] = _cpu_sampler(rotation, count)
             continue
-        run = _repeated(rotation, count)
+        run: Call = functools.partial(_run, rotation, count)
         if name not in eager:
             try:
                 run = _captured(own, count).replay
@@ -177,16 +175,13 @@ def time_calls(
     return timings
 
 
-def _repeated(rotation: Iterator[Call], count: int) -> Call:
-    def run() -> None:
-        for call in itertools.islice(rotation, count):
-            call()
-
-    return run
+def _run(calls: Iterable[Call], count: int) -> None:
+    for call in itertools.islice(calls, count):
+        call()
 
 
 def _rounds(
-    timings: Mapping[str, Timing], samplers: Mapping[str, Callable[[], float]], rounds: int
+    timings: Mapping[Name, Timing], samplers: Mapping[Name, Callable[[], float]], rounds: int
 ) -> None:
     order, shuffle = list(samplers), random.Random(0).shuffle
     gc.collect()

@@ -1,5 +1,6 @@
 """PERA in a transformers decoder layer, and the benchmark of that layer, at tiny sizes."""
 
+import copy
 import functools
 from dataclasses import replace
 
@@ -12,14 +13,16 @@ pytest.importorskip("transformers", reason="the decoder layer needs transformers
 
 import pera_kernels as pk  # noqa: E402
 from benchmarks import decoder, rows, timing  # noqa: E402
-from benchmarks.decoder import ADAPTED, TARGETS, Adapted, Base, Size, step_call  # noqa: E402
+from benchmarks.contenders import Pera  # noqa: E402
+from benchmarks.decoder import TARGETS, Adapted, Base, Size, everybody  # noqa: E402
 from benchmarks.gate import outputs  # noqa: E402
+from benchmarks.layers import CONTENDERS, phase_call  # noqa: E402
 from pera_kernels.testing import Case  # noqa: E402
 
 CPU = torch.device("cpu")
 # Small enough for Triton's interpreter.
 TINY = Size(hidden=32, intermediate=40, heads=4, kv_heads=2, batch=2, sequence=7)
-AUTO = next(own for own in ADAPTED if own.name == "auto")
+AUTO = Adapted(CONTENDERS["auto"])
 
 
 @pytest.fixture(autouse=True)
@@ -33,16 +36,17 @@ def small(monkeypatch):
 
 
 def make_base(dtype=torch.float32, r=8, device=CPU):
-    return Base(TINY, Case(r=r, T=14, N=32, M=40, dtype=dtype), device)
+    return Base(TINY, Case(r=r, T=14, N=32, M=40, dtype=dtype, scale=1.0), device)
 
 
 def failure(base, adapted):
-    return decoder.judgement(base, adapted, decoder.expected(base, adapted)).failure
+    wanted = decoder.expected(base, adapted.judged_as(base))
+    return decoder.judgement(base, adapted, wanted).failure
 
 
 def test_inject_adapts_the_projections_and_changes_nothing_at_first():
     base = make_base()
-    fresh = base.copy()
+    fresh = copy.deepcopy(base.layer)
     assert pk.inject(fresh, TARGETS, r=8) is fresh
     assert {name.rpartition(".")[2] for name in pk.adapted_modules(fresh)} == set(TARGETS)
     torch.testing.assert_close(fresh(base.x), base.layer(base.x), rtol=1e-5, atol=1e-5)
@@ -95,28 +99,26 @@ def test_checkpointing_repeats_the_same_bits(dropout):
 
 
 def test_a_backend_passes_the_gate_in_the_layer(backend, device):
-    adapt = functools.partial(decoder.adapt_pera, backend=backend)
     base = make_base(torch.bfloat16, device=device)
-    assert failure(base, Adapted(backend, adapt, float32=True)) is None
+    assert failure(base, Adapted(CONTENDERS[backend], torch.float32)) is None
 
 
 def test_the_gate_tells_another_function_from_rounding():
-    def adapt(*given):
-        trains = decoder.adapt_pera(*given)
-        with torch.no_grad():
-            trains["up_proj.dh"][0] += 10
-        return trains
+    class Wrong(Pera):
+        def build(self, case, inputs):
+            layer = super().build(case, inputs)
+            with torch.no_grad():
+                layer.trains["dh"][0] += 10
+            return layer
 
-    assert "y: max error" in failure(make_base(torch.bfloat16), replace(AUTO, adapt=adapt))
+    class Forgets(Pera):
+        def build(self, case, inputs):
+            layer = super().build(case, inputs)
+            return replace(layer, trains={"dA": layer.trains["dA"]})
 
-    def forgets(*given):
-        trains = decoder.adapt_pera(*given)
-        del trains["q_proj.dh"]
-        return trains
-
-    assert failure(make_base(), replace(AUTO, adapt=forgets)).startswith(
-        "it gives y, dx, q_proj.dA"
-    )
+    base = make_base(torch.bfloat16)
+    assert "y: max error" in failure(base, Adapted(Wrong("wrong")))
+    assert failure(base, Adapted(Forgets("forgets"))).startswith("no down_proj.dB, down_proj.dh")
 
 
 def test_truth_is_float64_throughout():
@@ -134,7 +136,7 @@ def test_a_step_moves_the_adapters_and_leaves_no_gradient():
     base = make_base()
     layer, other = AUTO.build(base), AUTO.build(base)
     before = {name: t.detach().clone() for name, t in layer.trains.items()}
-    step_call(layer, base, "step")()
+    phase_call(layer, base.x, base.dy, "step")()
     for name, value in before.items():
         assert not torch.equal(value, layer.trains[name])
         assert torch.equal(value, other.trains[name])
@@ -144,23 +146,37 @@ def test_a_step_moves_the_adapters_and_leaves_no_gradient():
 
 
 def test_a_run_appends_a_row_for_each_contender_and_phase(tmp_path, monkeypatch):
-    broken = Adapted("auto-apart", lambda *given: 1 / 0)
-    monkeypatch.setattr(decoder, "ADAPTED", (*ADAPTED[:-1], broken))
     pytest.importorskip("peft")
+
+    class Broken(Pera):
+        def build(self, case, inputs):
+            raise RuntimeError("no")
+
+    def with_a_broken_one(case):
+        return [*everybody(case), Adapted(Broken("broken"))]
+
+    monkeypatch.setattr(decoder, "everybody", with_a_broken_one)
     out = tmp_path / "decoder.jsonl"
     words = "--device cpu --size tiny --dtypes bfloat16 --rounds 2".split()
     assert decoder.main([*words, "--out", str(out)]) == 1
-    found = rows.read(out)
-    failed = [row for row in found if row["status"] == "failed"]
-    assert [(row["contender"], row["phase"]) for row in failed] == [("auto-apart", "gate")]
-    assert failed[0]["note"] == "ZeroDivisionError: division by zero"
+    failed, *timed = rows.read(out)
+    assert (failed["contender"], failed["phase"], failed["status"]) == ("broken", "gate", "failed")
+    assert failed["note"] == "RuntimeError: no"
     half, mixed = "bfloat16", "bfloat16+float32"
     wanted = [("frozen", half), ("peft-lora-amp", mixed), ("peft-lora", half)]
     wanted += [("released-amp", mixed), ("released", half), ("auto", half), ("auto", mixed)]
-    timed = [row for row in found if row["status"] != "failed"]
+    wanted += [("auto-apart", half)]
     for phase in decoder.PHASES:
         own = [row for row in timed if row["phase"] == phase]
         assert [(row["contender"], row["dtype"]) for row in own] == wanted
     assert timed[1]["terms"] == "linear" and timed[0]["ratio_to_frozen"] == 1.0
     assert all(row["peak_mib"] > 0 and row["saved_mib"] > 0 for row in timed)
     assert timed[0]["note"] == "batch 2 x sequence 7, 4 heads, 2 key-value heads"
+
+
+def test_query_key_and_value_are_evaluated_together_unless_apart():
+    base = make_base()
+    for together in (True, False):
+        module = Adapted(CONTENDERS["auto"], together=together).build(base).module
+        members = [module.get_submodule(f"layer.self_attn.{name}") for name in TARGETS[:3]]
+        assert [own.shared_inputs is not None for own in members] == [together] * 3

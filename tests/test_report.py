@@ -79,7 +79,7 @@ def test_tables_have_contenders_down_and_sizes_across(folder):
 
 
 def test_kernels_and_decoder_layers_have_tables(folder):
-    kernel = {"contender": "kernel:copy", "phase": "kernel", "median_ms": 0.05}
+    kernel = {"contender": "kernel:copy", "phase": "kernel", "n": 4096, "median_ms": 0.05}
     folder("gpu-chip.jsonl", kernel, {**kernel, "T": 4096}, {"contender": "frozen"})
     assert "| copy | 50.0 (50%) | 50.0 (50%) |" in report.kernels()
     assert "| frozen | 1.25 (2) |" in report.PARTS["gpu benchmarks"]()
