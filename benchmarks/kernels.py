@@ -254,7 +254,7 @@ def parser() -> argparse.ArgumentParser:
     add("--rank", type=int, default=16, help="rank (16)")
     add("--terms", choices=TERMS, default="full", help=", ".join(TERMS))
     add("--dtype", choices=tuple(rows.DTYPES), default="bfloat16", help=", ".join(rows.DTYPES))
-    add("--rounds", type=int, default=8, help="turns of every kernel (8)")
+    add("--rounds", type=int, default=8, help="turns of every kernel (8; 2 in a dry run)")
     add("--budget", type=int, metavar="SECONDS", help="start no case that would end later")
     add("--out", type=Path, help="append rows here (benchmarks/results/<device>.jsonl)")
     return made
@@ -268,7 +268,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser().error("there is no GPU here; TRITON_INTERPRET=1 makes a dry run on the CPU")
     path = given.out or rows.default_file(device)
     environment, ceilings = rows.environment(device), Ceilings(device)
-    failed, longest = False, 0.0
+    failed, longest, rounds = False, 0.0, 2 if interpreting() else given.rounds
     dtype, adapter_dtype = rows.DTYPES[given.dtype]
     with timing.place(device):
         for T in given.T:
@@ -286,7 +286,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 adapter_dtype=adapter_dtype,
             )
             print("\n" + "  ".join(f"{k}={v}" for k, v in rows.of_case(case).items()))
-            for row in measure(case, given.rounds, ceilings, environment):
+            for row in measure(case, rounds, ceilings, environment):
                 rows.append(path, row)
                 print(rows.line(row), flush=True)
                 failed = failed or row["status"] == "failed"

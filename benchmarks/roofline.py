@@ -21,7 +21,6 @@ forward keeps for its backward is its own choice and is not counted, nor are dro
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -31,13 +30,14 @@ import torch.nn.functional as F
 from pera_kernels.terms import coefficient_count, expanded_rank
 from pera_kernels.testing import Case
 
+from .timing import time_calls
+
 __all__ = ["Ceilings", "Work", "speed", "work"]
 
 # Far larger than a cache, and a product large enough that its edges do not show.
-COPY_BYTES = {"cuda": 2**30, "cpu": 2**28}
-GEMM_SIDE = {"cuda": 8192, "cpu": 2048}
-REPEATS = 10
-SECONDS = 1.5
+COPY_BYTES = {"cuda": 2**30, "cpu": 2**27}
+GEMM_SIDE = {"cuda": 8192, "cpu": 1024}
+ROUNDS = 7
 
 
 @dataclass(frozen=True)
@@ -94,8 +94,7 @@ class Ceilings:
             count = COPY_BYTES[self.device.type]
             source = torch.ones(count, dtype=torch.uint8, device=self.device)
             target = torch.empty_like(source)
-            seconds = _fastest(lambda: target.copy_(source), self.device)
-            self._gbps = 2 * count / seconds / 1e9
+            self._gbps = 2 * count / self._fastest(lambda: target.copy_(source)) / 1e9
         return self._gbps
 
     def tflops(self, dtype: torch.dtype) -> float:
@@ -104,25 +103,13 @@ class Ceilings:
             side = GEMM_SIDE[self.device.type]
             x = torch.randn(side, side, device=self.device).to(dtype)
             weight = torch.randn(side, side, device=self.device).to(dtype)
-            seconds = _fastest(lambda: F.linear(x, weight), self.device)
+            seconds = self._fastest(lambda: F.linear(x, weight))
             self._tflops[dtype] = 2 * side**3 / seconds / 1e12
         return self._tflops[dtype]
 
-
-def _fastest(call: Callable[[], object], device: torch.device) -> float:
-    """The shortest of several calls: what the device can do, not what it did on average."""
-    times: list[float] = []
-    call()
-    began = time.perf_counter()
-    while len(times) < 2 or (len(times) < REPEATS and time.perf_counter() - began < SECONDS):
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        start = time.perf_counter()
-        call()
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        times.append(time.perf_counter() - start)
-    return min(times)
+    def _fastest(self, call: Callable[[], object]) -> float:
+        """Seconds of the shortest call: what the device can do, not what it did on average."""
+        return min(time_calls({"": [call]}, ROUNDS, self.device)[""].samples) / 1e3
 
 
 def speed(

@@ -16,6 +16,8 @@ from typing import Any, TypeVar
 
 import torch
 
+from pera_kernels.backends import interpreting
+
 __all__ = ["Call", "Name", "Timing", "host_us", "place", "set_count", "time_calls"]
 
 Call = Callable[[], object]
@@ -90,6 +92,9 @@ def _synchronize(device: torch.device) -> None:
 
 def _calls_per_sample(calls: Sequence[Call], device: torch.device) -> int:
     """As many whole rotations as fill a sample, by how long these warm calls take."""
+    if interpreting():
+        # A dry run, whose kernels take a thousand times as long.
+        return 1
     _synchronize(device)
     start = time.perf_counter()
     _run(itertools.cycle(calls), 3)
@@ -100,7 +105,7 @@ def _calls_per_sample(calls: Sequence[Call], device: torch.device) -> int:
 
 
 def _cpu_sampler(rotation: Iterator[Call], count: int) -> Callable[[], float]:
-    sweep = True
+    sweep = not interpreting()
 
     def sample() -> float:
         nonlocal sweep
@@ -109,7 +114,7 @@ def _cpu_sampler(rotation: Iterator[Call], count: int) -> Callable[[], float]:
         start = time.perf_counter()
         _run(rotation, count)
         milliseconds = (time.perf_counter() - start) * 1e3 / count
-        sweep = milliseconds < SWEEP_BELOW_MS
+        sweep = sweep and milliseconds < SWEEP_BELOW_MS
         return milliseconds
 
     return sample
@@ -151,7 +156,7 @@ def time_calls(
     be captured, whose ``note`` says so.
     """
     for own in calls.values():
-        _run(itertools.cycle(own), max(3, len(own)))
+        _run(itertools.cycle(own), 1 if interpreting() else max(3, len(own)))
     count = _calls_per_sample(next(iter(calls.values())), device)
     timings = {name: Timing() for name in calls}
     samplers: dict[Name, Callable[[], float]] = {}
@@ -188,7 +193,8 @@ def _rounds(
     gc.disable()
     began = time.perf_counter()
     try:
-        for number in range(rounds):
+        # There is no spread of a single sample.
+        for number in range(max(2, rounds)):
             if number >= MIN_ROUNDS and time.perf_counter() - began > SECONDS:
                 break
             # Nobody always follows the same one, whose traces differ from another's.
