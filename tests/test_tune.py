@@ -12,9 +12,8 @@ import torch
 
 pytest.importorskip("triton", reason="tuning needs the triton package")
 
-from pera_kernels.configs import Tile  # noqa: E402
-
 from pera_kernels import configs  # noqa: E402
+from pera_kernels.configs import Tile  # noqa: E402
 from tools.tune import limits, measure, precompile, sass, search, static, tables  # noqa: E402
 from tools.tune.__main__ import main  # noqa: E402
 from tools.tune.candidates import AXES, candidates  # noqa: E402
