@@ -169,7 +169,8 @@ def test_defaults_time_no_backend_twice():
     assert (case.N, case.M, case.terms, case.factor_dtype) == (8, 16, "square", torch.float32)
 
 
-def test_contenders_take_turns_on_rotated_inputs():
+def test_contenders_take_turns_on_rotated_inputs(monkeypatch):
+    monkeypatch.setattr(timing, "interpreting", lambda: False)
     seen = []
     calls = {
         name: [lambda name=name, k=k: seen.append((name, k)) for k in range(3)] for name in "ab"
@@ -183,6 +184,7 @@ def test_contenders_take_turns_on_rotated_inputs():
 
 def test_on_a_gpu_everybody_has_a_graph_of_the_same_number_of_calls(monkeypatch):
     """Events, graphs and capture that only keep count, to follow that path without a GPU."""
+    monkeypatch.setattr(timing, "interpreting", lambda: False)
     captured, made = [], []
 
     @contextlib.contextmanager
