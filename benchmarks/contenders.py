@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 import pera_kernels as pk
-from pera_kernels.backends import interpreting
+from pera_kernels.kernels import interpreting
 from pera_kernels.testing import Case, Inputs
 
 __all__ = ["FROZEN", "OURS", "Contender", "Layer", "frozen_linear"]

@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 
 from pera_kernels import reference
-from pera_kernels.backends import interpreting
+from pera_kernels.kernels import interpreting
 from pera_kernels.terms import TERMS, circular_order, coefficient_count, lane_count
 from pera_kernels.testing import Case
 

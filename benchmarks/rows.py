@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from pera_kernels.backends import interpreting
+from pera_kernels.kernels import interpreting
 from pera_kernels.testing import Case
 
 __all__ = ["DTYPES", "RESULTS", "Row", "append", "default_file", "environment", "line", "of_case"]

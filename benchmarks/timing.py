@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 
 import torch
 
-from pera_kernels.backends import interpreting
+from pera_kernels.kernels import interpreting
 
 __all__ = ["Call", "Name", "Timing", "host_us", "place", "set_count", "time_calls"]
 
