@@ -140,8 +140,10 @@ def placed(graph: set[Edge]) -> dict[str, tuple[float, float]]:
     for floor, row in sorted(rows.items()) * 30:
         ends = {n: [place[a if b == n else b][0] for a, b in edges if n in (a, b)] for n in row}
         row.sort(key=lambda name: sum(ends[name]) / len(ends[name]))
+        # Rows are staggered, so that few arrows pass behind a box.
+        middle = (len(row) - 1) / 2 - (len(row) > 1) * (floor % 3 - 1) * 0.22
         for number, name in enumerate(row):
-            place[name] = (number - (len(row) - 1) / 2, float(floor))
+            place[name] = (number - middle, float(floor))
     return place
 
 
