@@ -192,7 +192,7 @@ def contract(
     rows, dphi = factor.to(work).contiguous(), dphi.to(work)
     dh = None
     if h is not None:
-        products = torch.einsum("kc,kc->k", dphi[R:], expand(rows, terms, work)[R:])
+        products = (dphi[R:] * expand(rows, terms, work)[R:]).sum(1)
         dh = torch.empty_like(h).index_copy_(
             0, circular_order(R, terms, h.device), products.to(h.dtype)
         )
