@@ -1,9 +1,6 @@
 """Where there is no GPU the Triton kernels run in Triton's interpreter, on CPU tensors."""
 
-import datetime
-import json
 import os
-from collections import Counter, defaultdict
 
 import torch
 
@@ -15,51 +12,6 @@ if not HAS_GPU:
 import pytest  # noqa: E402
 
 from pera_kernels.backends import unavailable  # noqa: E402
-
-
-def pytest_addoption(parser):
-    parser.addoption(
-        "--record", metavar="FILE", help="append what tests counted, as the promises page shows it"
-    )
-
-
-def append(path, test, **figures):
-    where = torch.cuda.get_device_name() if HAS_GPU else "cpu"
-    row = {"test": test, **figures, "device": where, "torch": torch.__version__}
-    row["date"] = datetime.date.today().isoformat()
-    with open(path, "a", encoding="utf-8") as file:
-        file.write(json.dumps(row) + "\n")
-
-
-class Outcomes:
-    """How many tests of each file passed, failed and were skipped, for ``--record``."""
-
-    def __init__(self, path):
-        self.path, self.counts = path, defaultdict(Counter)
-
-    def pytest_runtest_logreport(self, report):
-        if report.when == "call" or not report.passed:
-            file = report.nodeid.partition("::")[0].rpartition("/")[2]
-            self.counts[file][report.outcome] += 1
-
-    def pytest_sessionfinish(self):
-        for file, counts in sorted(self.counts.items()):
-            append(self.path, file, **{k: counts[k] for k in ("passed", "failed", "skipped")})
-
-
-def pytest_configure(config):
-    path = config.getoption("--record")
-    # The workers of pytest-xdist report to the process that started them.
-    if path is not None and not hasattr(config, "workerinput"):
-        config.pluginmanager.register(Outcomes(path))
-
-
-@pytest.fixture
-def record(request):
-    """Append figures of this test to the file of ``--record``."""
-    path = request.config.getoption("--record")
-    test = request.node.nodeid.rpartition("/")[2]
-    return lambda **figures: append(path, test, **figures) if path is not None else None
 
 
 @pytest.fixture(scope="session")
