@@ -32,6 +32,8 @@ from typing import Any
 from unittest import mock
 
 import torch
+from pera_kernels.kernels.launch import NO_DROPOUT, Dropout, Factor, in_memory, recorded
+from pera_kernels.operands import Base, Factors, Options
 
 from pera_kernels.kernels import (
     accumulate,
@@ -43,13 +45,11 @@ from pera_kernels.kernels import (
     reduce,
     tiles,
 )
-from pera_kernels.kernels.launch import NO_DROPOUT, Dropout, Factor, in_memory, recorded
-from pera_kernels.operands import Base, Factors, Options
 from pera_kernels.terms import TERMS, Terms, coefficient_count, lane_count
 
 from .instructions import Count, count, cuobjdump
 
-__all__ = ["Job", "Launch", "Row", "compile_all", "launches_of", "tiles_of"]
+__all__ = ["Job", "Launch", "Row", "compile_all", "compilers", "distinct", "here", "launches_of"]
 
 RANKS = (4, 8, 16, 32, 64)
 # Operand dtype and adapter dtype of each kind of row.
@@ -352,15 +352,19 @@ def _number(pattern: str, text: str) -> int:
     return int(found.group(1))
 
 
+@contextmanager
+def compilers(jobs: int) -> Iterator[Any]:
+    """Processes that compile, as long as the context lasts."""
+    # Fresh ones: the parent has run torch, which does not survive a fork well.
+    with multiprocessing.get_context("spawn").Pool(jobs, initializer=_start) as pool:
+        yield pool
+
+
 def compile_all(
-    work: Iterable[tuple[Launch, Job, str]], jobs: int, *, with_instructions: bool = False
+    pool: Any, work: Iterable[tuple[Launch, Job, str]], *, with_instructions: bool = False
 ) -> Iterator[tuple[Launch, Row]]:
-    """Compile (launch, its job, architecture) in worker processes; results in order."""
-    wanted = [(*own, with_instructions) for own in work]
-    # A fresh process per worker: the parent has run torch, which does not survive a fork well.
-    context = multiprocessing.get_context("spawn")
-    with context.Pool(min(jobs, max(1, len(wanted))), initializer=_start) as pool:
-        yield from pool.imap(_compile, wanted)
+    """Compile (launch, its job, architecture) in the processes of ``pool``; results in order."""
+    yield from pool.imap(_compile, [(*own, with_instructions) for own in work])
 
 
 HEADER = (
@@ -398,13 +402,15 @@ def precompile(jobs: Sequence[Job], arch: str, processors: int, given: argparse.
     """Fill Triton's cache within a budget; the number of launches that do not compile cleanly."""
     began, done, refused = time.monotonic(), 0, 0
     found = distinct(jobs, arch, processors)
-    for launch, row in compile_all(((own, job, arch) for own, job in found.items()), given.jobs):
-        done += 1
-        if row.problem:
-            refused += 1
-            print(f"{launch.kernel}: {format_row(row)}", file=sys.stderr)
-        if given.budget is not None and time.monotonic() - began > given.budget:
-            break
+    work = [(launch, job, arch) for launch, job in found.items()]
+    with compilers(min(given.jobs, len(work))) as pool:
+        for launch, row in compile_all(pool, work):
+            done += 1
+            if row.problem:
+                refused += 1
+                print(f"{launch.kernel}: {format_row(row)}", file=sys.stderr)
+            if given.budget is not None and time.monotonic() - began > given.budget:
+                break
     print(
         f"{done} of {len(found)} distinct launches compiled for {arch} in "
         f"{time.monotonic() - began:.0f} s, {refused} with a problem"
@@ -417,12 +423,13 @@ def report(jobs: Sequence[Job], given: argparse.Namespace) -> int:
     work = [(own, job, arch) for arch in given.archs for own, job in distinct(jobs, arch).items()]
     rows = []
     print(HEADER)
-    for _, row in compile_all(work, given.jobs, with_instructions=given.instructions):
-        rows.append(row)
-        if row.problem or not given.problems:
-            print(format_row(row), flush=True)
-        if sys.stderr.isatty():
-            print(f"\r{len(rows)}/{len(work)}", end="\r", file=sys.stderr, flush=True)
+    with compilers(min(given.jobs, len(work))) as pool:
+        for _, row in compile_all(pool, work, with_instructions=given.instructions):
+            rows.append(row)
+            if row.problem or not given.problems:
+                print(format_row(row), flush=True)
+            if sys.stderr.isatty():
+                print(f"\r{len(rows)}/{len(work)}", end="\r", file=sys.stderr, flush=True)
     if given.json is not None:
         import triton
 
