@@ -186,7 +186,7 @@ class Launchers:
     def layer(self, count: int = 1, composed: bool = False) -> None:
         """A training step of ``count`` layers on one x, as the autograd boundary calls it."""
         job, adapters = self.job, [self.adapter] * count
-        options = Options(job.r, job.terms, 1.0, plan="composed" if composed else "factored")
+        options = Options(job.terms, 1.0, plan="composed" if composed else "factored")
         weight = self._half(job.M, job.N)
         _, us = ops.forward(self.x, [Base(weight)] * count, adapters, None, options)
         u = None if composed else us[-1]
