@@ -455,7 +455,7 @@ def _positive(text: str) -> int:
     return int(text)
 
 
-def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
+def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m tools.compile_report",
         description=__doc__,
@@ -488,11 +488,11 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         help="only fill Triton's cache, for the GPU here or for the first of --archs",
     )
     add("--budget", type=_positive, metavar="SECONDS", help="stop --precompile then")
-    return parser.parse_args(argv)
+    return parser
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    given = _arguments(argv)
+    given = _parser().parse_args(argv)
     import triton
 
     if os.environ.get("TRITON_INTERPRET") == "1":

@@ -432,7 +432,7 @@ def _numbers(text: str) -> list[int]:
     return [int(word) for word in text.split(",")]
 
 
-def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
+def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m tools.tune",
         description=__doc__,
@@ -452,6 +452,11 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--write", action="store_true", help="write the table; else only say what would change")
     add("--tables", type=Path, default=tiles.TABLES, metavar="DIR", help="where --write puts it")
     add("--dry", action="store_true", help="tiny sizes in Triton's interpreter, on a CPU")
+    return parser
+
+
+def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = _parser()
     given = parser.parse_args(argv)
     interpreted = os.environ.get("TRITON_INTERPRET") == "1"
     if given.dry != interpreted:
