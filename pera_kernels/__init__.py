@@ -1,14 +1,15 @@
 """Fused kernels for PERA, Polynomial Expansion Rank Adaptation (arXiv 2604.11841)."""
 
 from . import reference
-from .adapt import adapted_modules, adapter_parameters, inject, parameter_groups
-from .checkpoint import adapter_state_dict, load_adapter, save_adapter
-from .export import export_lora
+from .adapters.checkpoint import adapter_state_dict, load_adapter, save_adapter
+from .adapters.export import export_lora
+from .adapters.inject import adapted_modules, adapter_parameters, inject
+from .adapters.merge import merge, unload, unmerge
+from .adapters.optimizer import parameter_groups
+from .adapters.released import load_released
+from .adapters.shared_inputs import shared_inputs
 from .functional import delta_weight, expand_factors, pera_linear
-from .groups import group_projections
-from .merging import merge, unload, unmerge
 from .module import PeraLinear
-from .official import load_official
 from .terms import expanded_rank
 
 __version__ = "0.1.0"
@@ -22,15 +23,15 @@ __all__ = [
     "expand_factors",
     "expanded_rank",
     "export_lora",
-    "group_projections",
     "inject",
     "load_adapter",
-    "load_official",
+    "load_released",
     "merge",
     "parameter_groups",
     "pera_linear",
     "reference",
     "save_adapter",
+    "shared_inputs",
     "unload",
     "unmerge",
 ]

@@ -8,10 +8,9 @@ from types import ModuleType
 
 import torch
 
-__all__ = ["BACKENDS", "BACKEND_DTYPES", "implementation", "resolve", "unavailable"]
+from .checks import check_backend
 
-BACKENDS = ("auto", "triton", "torch", "reference")
-PLANS = ("auto", "factored", "composed")
+__all__ = ["BACKEND_DTYPES", "implementation", "interpreting", "resolve", "unavailable"]
 
 _HALF_AND_SINGLE = (torch.float32, torch.bfloat16, torch.float16)
 BACKEND_DTYPES: dict[str, tuple[torch.dtype, ...]] = {
@@ -19,18 +18,6 @@ BACKEND_DTYPES: dict[str, tuple[torch.dtype, ...]] = {
     "torch": (*_HALF_AND_SINGLE, torch.float64),
     "reference": (*_HALF_AND_SINGLE, torch.float64),
 }
-
-
-def check_backend(backend: str) -> None:
-    if backend not in BACKENDS:
-        raise ValueError(
-            f"backend must be one of {', '.join(map(repr, BACKENDS))}; got {backend!r}"
-        )
-
-
-def check_plan(plan: str) -> None:
-    if plan not in PLANS:
-        raise ValueError(f"plan must be one of {', '.join(map(repr, PLANS))}; got {plan!r}")
 
 
 def interpreting() -> bool:
@@ -88,9 +75,9 @@ def resolve(backend: str, device: torch.device, dtypes: tuple[torch.dtype, ...])
 def implementation(backend: str) -> ModuleType:
     """The module with the forward and backward functions of a resolved backend."""
     if backend == "triton":
-        from . import ops
+        from .kernels import ops
 
         return ops
-    from . import lean
+    from . import torch_backend
 
-    return lean
+    return torch_backend

@@ -1,201 +1,22 @@
-"""The public functions: check the arguments, dispatch to a backend."""
+"""The public functions: check the arguments, choose how to compute, and dispatch to a backend."""
 
 from __future__ import annotations
 
 import contextlib
-import math
-from collections.abc import Sequence
-from numbers import Real
+from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
-from torch.utils.weak import WeakIdKeyDictionary
 
-from . import plans, reference
-from .autograd import (
-    DeltaWeight,
-    PeraGroupFunction,
-    PeraLinearFunction,
-    Settings,
-    in_dtype_of,
-)
-from .backends import check_backend, check_plan, implementation, resolve
+from . import checks, reference
+from .autograd import DeltaWeight, PeraFunction, in_dtype_of
+from .backends import implementation, resolve
 from .dropout import draw_seed
-from .terms import Terms, check_terms, coefficient_count
+from .operands import Base, Factors, Options, tokens
+from .terms import Terms
+from .torch_backend import composes
 
 __all__ = ["delta_weight", "expand_factors", "pera_linear"]
-
-# weight, bias, A, B, h.
-Layer = tuple[
-    torch.Tensor, "torch.Tensor | None", torch.Tensor, torch.Tensor, "torch.Tensor | None"
-]
-FLOATING = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
-
-
-def _check_tensor(name: str, value: object, ndim: int | None) -> None:
-    if not isinstance(value, torch.Tensor):
-        raise TypeError(f"{name} must be a torch.Tensor; got {type(value).__name__}")
-    if value.dtype not in FLOATING:
-        raise TypeError(f"{name} must be float64, float32, bfloat16 or float16; got {value.dtype}")
-    if ndim is not None and value.dim() != ndim:
-        raise ValueError(f"{name} must have {ndim} dimensions; got shape {tuple(value.shape)}")
-
-
-def check_scale(scale: object, name: str = "scale") -> None:
-    if isinstance(scale, bool) or not isinstance(scale, Real):
-        raise TypeError(
-            f"{name} must be a real number; got {scale!r} of type {type(scale).__name__}"
-        )
-    # Written as a comparison: torch.compile traces it for a symbolic scale.
-    if not abs(float(scale)) < math.inf:
-        raise ValueError(f"{name} must be finite; got {scale!r}")
-
-
-def check_dropout(p: object, name: str = "dropout_p") -> None:
-    if isinstance(p, bool) or not isinstance(p, Real):
-        raise TypeError(f"{name} must be a number in [0, 1); got {p!r} of type {type(p).__name__}")
-    if not 0.0 <= float(p) < 1.0:
-        raise ValueError(f"{name} must be in [0, 1); got {p!r}")
-
-
-def check_adapter(A: object, B: object, h: object, terms: object) -> None:
-    """A ``(R, N)``, B ``(M, R)`` of one dtype and device, h ``(L,)`` as ``terms`` asks.
-
-    Raises:
-        TypeError: not a tensor, not floating point, or dtypes that do not go together.
-        ValueError: unknown terms, a wrong shape or device.
-    """
-    if not isinstance(terms, str):
-        raise TypeError(f"terms must be a string; got {terms!r} of type {type(terms).__name__}")
-    check_terms(terms)
-    _check_tensor("A", A, 2)
-    _check_tensor("B", B, 2)
-    assert isinstance(A, torch.Tensor) and isinstance(B, torch.Tensor)
-    R = A.shape[0]
-    if R < 1:
-        raise ValueError(f"A must be (r, in_features) with r >= 1; got shape {tuple(A.shape)}")
-    if B.shape[1] != R:
-        raise ValueError(
-            f"B must be (out_features, {R}) for A of rank {R}; got shape {tuple(B.shape)}"
-        )
-    if B.dtype != A.dtype:
-        raise TypeError(f"B must have the dtype of A, {A.dtype}; got {B.dtype}")
-    if B.device != A.device:
-        raise ValueError(f"B must be on the device of A, {A.device}; got {B.device}")
-    length = coefficient_count(R, terms)  # type: ignore[arg-type]
-    if terms == "linear":
-        if h is not None:
-            raise ValueError("h must be None for terms='linear', which has no coefficients")
-        return
-    if h is None:
-        raise ValueError(f"h must be a tensor of shape ({length},) for terms={terms!r}; got None")
-    _check_tensor("h", h, 1)
-    assert isinstance(h, torch.Tensor)
-    if h.shape[0] != length:
-        raise ValueError(
-            f"h must have shape ({length},) for terms={terms!r} at rank {R}; got {tuple(h.shape)}"
-        )
-    if h.dtype == torch.float64 != A.dtype:
-        raise TypeError(
-            f"h must be float64 only with float64 factors; got {h.dtype} with {A.dtype}"
-        )
-    if h.device != A.device:
-        raise ValueError(f"h must be on the device of A, {A.device}; got {h.device}")
-
-
-def _check_input(
-    x: torch.Tensor,
-    weight: torch.Tensor | None,
-    bias: torch.Tensor | None,
-    base_out: torch.Tensor | None,
-    A: torch.Tensor,
-    B: torch.Tensor,
-) -> None:
-    _check_tensor("x", x, None)
-    M, N = B.shape[0], A.shape[1]
-    if x.dim() < 1 or x.shape[-1] != N:
-        raise ValueError(
-            f"x must be (..., {N}) for A of shape {tuple(A.shape)}; got {tuple(x.shape)}"
-        )
-    if weight is not None:
-        _check_tensor("weight", weight, 2)
-        if tuple(weight.shape) != (M, N):
-            raise ValueError(
-                f"weight must be ({M}, {N}) for B {tuple(B.shape)} and A {tuple(A.shape)}; "
-                f"got {tuple(weight.shape)}"
-            )
-    if bias is not None:
-        _check_tensor("bias", bias, 1)
-        if bias.shape[0] != M:
-            raise ValueError(f"bias must have shape ({M},); got {tuple(bias.shape)}")
-    if base_out is not None and base_out.shape != (*x.shape[:-1], M):
-        raise ValueError(
-            f"the base layer must return {(*x.shape[:-1], M)} for x of shape {tuple(x.shape)}; "
-            f"got {tuple(base_out.shape)}"
-        )
-    for name, tensor in (("weight", weight), ("bias", bias), ("base_out", base_out), ("A", A)):
-        if tensor is not None and tensor.device != x.device:
-            raise ValueError(f"{name} must be on the device of x, {x.device}; got {tensor.device}")
-    if (A.dtype == torch.float64) != (x.dtype == torch.float64):
-        raise TypeError(f"A must be float64 exactly where x is; got A {A.dtype} and x {x.dtype}")
-    if torch.is_grad_enabled():
-        for name, tensor in (("weight", weight), ("bias", bias)):
-            if tensor is not None and tensor.requires_grad:
-                raise ValueError(
-                    f"{name} must not require grad: PERA trains A, B and h on a frozen base; "
-                    f"call {name}.requires_grad_(False)"
-                )
-
-
-def _check_same_dtype(
-    x: torch.Tensor,
-    weight: torch.Tensor | None,
-    bias: torch.Tensor | None,
-    base_out: torch.Tensor | None,
-) -> None:
-    for name, tensor in (("weight", weight), ("bias", bias), ("base layer's output", base_out)):
-        if tensor is not None and tensor.dtype != x.dtype:
-            raise TypeError(f"{name} must have the dtype of x, {x.dtype}; got {tensor.dtype}")
-
-
-def _autocast_dtype(x: torch.Tensor) -> torch.dtype | None:
-    """The dtype autocast asks for; float64 is left alone, as PyTorch's own autocast does."""
-    if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
-        return torch.get_autocast_dtype(x.device.type)
-    return None
-
-
-# Coefficients on a GPU: their version when they were last looked at, and whether they were zero.
-_seen_zero: WeakIdKeyDictionary = WeakIdKeyDictionary()
-
-
-def frozen_at_zero(h: torch.Tensor) -> bool:
-    """Whether h can be left out with all its pairs: it is not trained and every entry is zero.
-
-    On a GPU looking would wait for the device, so there a parameter is looked at when its version
-    or its memory has changed (a write through ``.data`` changes neither), and never while a graph
-    is captured; other tensors are not looked at.
-    """
-    if h.requires_grad or torch.compiler.is_compiling() or not h.numel():
-        return False
-    if h.device.type == "cpu":
-        return type(h) in (torch.Tensor, torch.nn.Parameter) and not bool(h.any())
-    if not h.is_cuda or not isinstance(h, torch.nn.Parameter):
-        return False
-    state = (h._version, h.data_ptr())
-    seen = _seen_zero.get(h)
-    if torch.cuda.is_current_stream_capturing():
-        return False
-    if seen is None or seen[0] != state:
-        seen = _seen_zero[h] = (state, not bool(h.any()))
-    return seen[1]
-
-
-def _without_autocast(device_type: str) -> contextlib.AbstractContextManager[object]:
-    """Inside, operations keep the dtypes they are given."""
-    # Entering torch.autocast costs several microseconds: not where there is nothing to turn off.
-    if torch.is_autocast_enabled(device_type):
-        return torch.autocast(device_type, enabled=False)
-    return contextlib.nullcontext()
 
 
 def pera_linear(
@@ -231,7 +52,8 @@ def pera_linear(
         plan: ``"factored"`` adds the update to the base output; ``"composed"`` builds W0 + ΔW
             first, which rounds it to the weight's dtype: in half precision it loses entries of ΔW
             below half an ulp of W0. It takes no dropout. ``"auto"`` composes in float32 and float64
-            on a CPU where there are so many tokens that it is faster (``pera_kernels/plans.py``).
+            on a CPU where there are so many tokens that it is faster; it depends on shapes, dtypes
+            and device alone.
 
     Returns:
         ``(..., M)`` in the dtype of ``x`` (of autocast, where that is on). Differentiable once in
@@ -241,155 +63,61 @@ def pera_linear(
         TypeError, ValueError: an argument that does not fit, named with what came and what is
             accepted, before anything is computed.
     """
-    check_adapter(A, B, h, terms)
-    return linear_or_update(x, weight, bias, None, A, B, h, scale, terms, dropout_p, backend, plan)
+    options = Options(terms, scale, dropout_p, plan, backend)
+    return apply(x, Base(weight, bias), Factors(A, B, h), options)
 
 
-def linear_or_update(
-    x: torch.Tensor,
-    weight: torch.Tensor | None,
-    bias: torch.Tensor | None,
-    base_out: torch.Tensor | None,
-    A: torch.Tensor,
-    B: torch.Tensor,
-    h: torch.Tensor | None,
-    scale: float,
-    terms: Terms,
-    dropout_p: float,
-    backend: str,
-    plan: str,
-) -> torch.Tensor:
-    """:func:`pera_linear` on a dense ``weight`` or on ``base_out``, any base layer's output."""
-    check_scale(scale)
-    check_dropout(dropout_p)
-    check_backend(backend)
-    check_plan(plan)
-    _check_input(x, weight, bias, base_out, A, B)
-    autocast = _autocast_dtype(x)
-    if autocast is not None:
-        x = x.to(autocast)
-        base_out = None if base_out is None else base_out.to(autocast)
-    else:
-        _check_same_dtype(x, weight, bias, base_out)
-    composed = plan == "composed"
-    if composed and dropout_p > 0.0:
-        raise ValueError(f"plan='composed' takes no dropout; got dropout_p={dropout_p}")
-    if composed and weight is None:
-        raise ValueError(
-            "plan='composed' needs a plain dense base weight; this base layer has none"
-        )
-    dtypes = (x.dtype, A.dtype) if h is None else (x.dtype, A.dtype, h.dtype)
-    name = resolve(backend, x.device, dtypes)
-    if h is not None and frozen_at_zero(h):
-        h, terms = None, "linear"
-    if plan == "auto" and name == "torch" and weight is not None and dropout_p == 0.0:
-        composed = _composes(x, weight, A, B, h)
-    seed = draw_seed(x.device) if dropout_p > 0.0 else None
+def apply(x: torch.Tensor, base: Base, adapter: Factors, options: Options) -> torch.Tensor:
+    """:func:`pera_linear` on a dense weight or on the output of any base layer."""
+    checks.check_adapter(*adapter, options.terms)
+    checks.check_options(options)
+    checks.check_input(x, base, adapter)
+    x, base = _as_autocast_says(x, base)
+    options = _chosen(options, x, base, adapter)
+    seed = draw_seed(x.device) if options.dropout_p > 0.0 else None
     with _without_autocast(x.device.type):
-        if name == "torch" and not _tracked(x, base_out, A, B, h):
-            y, _ = implementation(name).linear_forward(
-                x,
-                in_dtype_of(x, weight),
-                in_dtype_of(x, bias),
-                base_out,
-                A,
-                B,
-                h,
-                seed,
-                float(scale),
-                terms,
-                float(dropout_p),
-                composed,
-                keep_u=False,
-            )
-            return y
-        if name != "reference":
-            settings = Settings(float(scale), terms, name, float(dropout_p), composed)
-            return PeraLinearFunction.apply(x, weight, bias, base_out, A, B, h, seed, settings)
-        if composed:
-            assert weight is not None
-            delta = reference.delta_weight(
-                A.to(x.dtype), B.to(x.dtype), h, scale=scale, terms=terms
-            )
-            return torch.nn.functional.linear(
-                x, (weight + delta).to(x.dtype), None if bias is None else bias.to(x.dtype)
-            )
-        update = reference.update(
-            x, A, B, h, scale=scale, terms=terms, dropout_p=dropout_p, seed=seed
-        )
-        if base_out is None:
-            assert weight is not None
-            bias = None if bias is None else bias.to(x.dtype)
-            base_out = torch.nn.functional.linear(x, weight.to(x.dtype), bias)
-        return base_out + update
+        if options.backend == "reference":
+            return _reference(x, base, adapter, seed, options)
+        rows = base._replace(out=None if base.out is None else tokens(base.out))
+        y = PeraFunction.apply(tokens(x), *rows, *adapter, seed, options)
+    return y.view(*x.shape[:-1], y.shape[1])
 
 
-def _tracked(*tensors: torch.Tensor | None) -> bool:
-    """Whether autograd will ask for a backward."""
-    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+def apply_together(
+    x: torch.Tensor, bases: Sequence[Base], adapters: Sequence[Factors], options: Options
+) -> list[Callable[[], torch.Tensor]]:
+    """:func:`apply` for dense layers of one rank on one x, which is read once for all of them.
 
-
-def _composes(
-    x: torch.Tensor,
-    weight: torch.Tensor,
-    A: torch.Tensor,
-    B: torch.Tensor,
-    h: torch.Tensor | None,
-) -> bool:
-    """What ``plan="auto"`` means. Compiled graphs stay factored: T is symbolic there."""
-    if torch.compiler.is_compiling() or not x.dtype == weight.dtype == A.dtype:
-        return False
-    lanes = A.shape[0] + (0 if h is None else h.shape[0])
-    trains = _tracked(A, B, h)
-    (M, N), T = weight.shape, x.shape[:-1].numel()
-    return plans.composes(T, N, M, lanes, x.dtype, x.device, trains)
-
-
-def linear_group(
-    x: torch.Tensor,
-    layers: Sequence[Layer],
-    scale: float,
-    terms: Terms,
-    dropout_p: float,
-    backend: str,
-) -> tuple[torch.Tensor, ...]:
-    """:func:`pera_linear` of several layers of one rank on the same x, read once; a tuple of y.
-
-    They share the dropout mask. The backend must not be the reference, which knows no groups.
+    What is returned for each layer gives its output when it is called, with an autograd node of its
+    own: gradients flow as they do for layers apart. The layers share one dropout mask.
     """
-    for weight, bias, A, B, _ in layers:
-        _check_input(x, weight, bias, None, A, B)
-    autocast = _autocast_dtype(x)
-    if autocast is not None:
-        x = x.to(autocast)
-    else:
-        for weight, bias, _, _, _ in layers:
-            _check_same_dtype(x, weight, bias, None)
-    tensors = [t for layer in layers for t in layer[2:] if t is not None]
-    name = resolve(backend, x.device, (x.dtype, *{t.dtype for t in tensors}))
-    hs = [h for *_, h in layers if h is not None]
-    if hs and all(frozen_at_zero(h) for h in hs):
-        layers, terms = [(*layer[:4], None) for layer in layers], "linear"
-    seed = draw_seed(x.device) if dropout_p > 0.0 else None
-    settings = Settings(float(scale), terms, name, float(dropout_p))
-    with _without_autocast(x.device.type):
-        if name == "torch" and not _tracked(x, *tensors):
-            weights, biases, As, Bs, members = zip(*layers, strict=True)
-            *ys, _ = implementation(name).group_forward(
-                x,
-                [in_dtype_of(x, weight) for weight in weights],
-                [in_dtype_of(x, bias) for bias in biases],
-                As,
-                Bs,
-                members,
-                seed,
-                float(scale),
-                terms,
-                float(dropout_p),
-                keep_u=False,
-            )
-            return tuple(ys)
-        return PeraGroupFunction.apply(x, seed, settings, *(t for layer in layers for t in layer))
+    checks.check_options(options)
+    for base, adapter in zip(bases, adapters, strict=True):
+        checks.check_adapter(*adapter, options.terms)
+        checks.check_input(x, base, adapter)
+    x = _as_autocast_says(x, *bases)[0]
+    options = _chosen(options, x, bases[0], adapters[0], together=True)
+    seed = draw_seed(x.device) if options.dropout_p > 0.0 else None
+    with torch.no_grad(), _without_autocast(x.device.type):
+        same = [in_dtype_of(x, base) for base in bases]
+        backend = implementation(options.backend)
+        ys, us = backend.forward(tokens(x), same, adapters, seed, options)
+    return [
+        partial(_finish, x, base, adapter, seed, options, computed)
+        for base, adapter, computed in zip(bases, adapters, zip(ys, us, strict=True), strict=True)
+    ]
+
+
+def _finish(
+    x: torch.Tensor,
+    base: Base,
+    adapter: Factors,
+    seed: torch.Tensor | None,
+    options: Options,
+    computed: tuple[torch.Tensor, torch.Tensor],
+) -> torch.Tensor:
+    y = PeraFunction.apply(tokens(x), *base, *adapter, seed, options, computed)
+    return y.view(*x.shape[:-1], y.shape[1])
 
 
 def delta_weight(
@@ -406,15 +134,14 @@ def delta_weight(
     A is ``(r, N)``, B ``(M, r)``, h ``(L,)`` or None; the result has the dtype of ``A``. Raises
     TypeError or ValueError for arguments that do not fit.
     """
-    check_adapter(A, B, h, terms)
-    check_scale(scale)
-    check_backend(backend)
+    checks.check_adapter(A, B, h, terms)
+    checks.check_scale(scale)
     dtypes = (A.dtype,) if h is None else (A.dtype, h.dtype)
     name = resolve(backend, A.device, dtypes)
     with _without_autocast(A.device.type):
         if name == "reference":
             return reference.delta_weight(A, B, h, scale=scale, terms=terms)
-        return DeltaWeight.apply(A, B, h, Settings(float(scale), terms, name))
+        return DeltaWeight.apply(A, B, h, Options(terms, float(scale), backend=name))
 
 
 def expand_factors(
@@ -431,7 +158,82 @@ def expand_factors(
     formed in float32 (float64 for float64 factors) and rounded once to the dtype of ``A``. Plain
     PyTorch, differentiable.
     """
-    check_adapter(A, B, h, terms)
-    check_scale(scale)
+    checks.check_adapter(A, B, h, terms)
+    checks.check_scale(scale)
     phi_A, phi_B = reference.expanded_factors(A, B, h, terms)
     return phi_A.to(A.dtype), (scale * phi_B).to(B.dtype)
+
+
+def _as_autocast_says(x: torch.Tensor, *bases: Base) -> tuple[torch.Tensor, Base]:
+    """x and the base's output in the dtype that autocast asks for; float64 is left alone, as
+    PyTorch's own autocast does. Without autocast all dtypes must agree.
+    """
+    base = bases[0]
+    if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
+        dtype = torch.get_autocast_dtype(x.device.type)
+        return x.to(dtype), base._replace(out=None if base.out is None else base.out.to(dtype))
+    for own in bases:
+        checks.check_same_dtype(x, own)
+    return x, base
+
+
+def _chosen(
+    options: Options, x: torch.Tensor, base: Base, adapter: Factors, together: bool = False
+) -> Options:
+    """The options with a backend and a plan in place of "auto".
+
+    That depends on shapes, dtypes and the device alone, so that a forward gives the same bits with
+    and without gradients. A compiled graph stays factored: its number of tokens is symbolic.
+    """
+    o = options
+    dtypes = tuple(t.dtype for t in (x, *adapter) if t is not None)
+    backend, plan = resolve(o.backend, x.device, dtypes), o.plan
+    if plan == "composed" and o.dropout_p > 0.0:
+        raise ValueError(f"plan='composed' takes no dropout; got dropout_p={o.dropout_p}")
+    if plan == "composed" and base.weight is None:
+        raise ValueError(
+            "plan='composed' needs a plain dense base weight; this base layer has none"
+        )
+    if plan == "auto":
+        K = adapter.A.shape[0] + (0 if adapter.h is None else adapter.h.shape[0])
+        composed = (
+            backend == "torch"
+            and base.weight is not None
+            and o.dropout_p == 0.0
+            and not together
+            and not torch.compiler.is_compiling()
+            and adapter.A.dtype == x.dtype
+            and composes(x, base.weight, K)
+        )
+        plan = "composed" if composed else "factored"
+    return Options(o.terms, float(o.scale), float(o.dropout_p), plan, backend)
+
+
+def _without_autocast(device_type: str) -> contextlib.AbstractContextManager[object]:
+    """Inside, operations keep the dtypes they are given."""
+    # Entering torch.autocast costs several microseconds: not where there is nothing to turn off.
+    if torch.is_autocast_enabled(device_type):
+        return torch.autocast(device_type, enabled=False)
+    return contextlib.nullcontext()
+
+
+def _reference(
+    x: torch.Tensor,
+    base: Base,
+    adapter: Factors,
+    seed: torch.Tensor | None,
+    options: Options,
+) -> torch.Tensor:
+    (weight, bias, out), (A, B, h), o = in_dtype_of(x, base), adapter, options
+    if o.plan == "composed":
+        assert weight is not None
+        A, B = A.to(x.dtype), B.to(x.dtype)
+        delta = reference.delta_weight(A, B, h, scale=o.scale, terms=o.terms)
+        return torch.nn.functional.linear(x, (weight + delta).to(x.dtype), bias)
+    update = reference.update(
+        x, A, B, h, scale=o.scale, terms=o.terms, dropout_p=o.dropout_p, seed=seed
+    )
+    if out is None:
+        assert weight is not None
+        out = torch.nn.functional.linear(x, weight, bias)
+    return out + update

@@ -5,73 +5,53 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Iterator
-from numbers import Real
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from . import functional, reference
-from .backends import check_backend, check_plan, resolve
-from .functional import FLOATING, check_dropout
+from . import checks, functional, reference
+from .backends import resolve
+from .checks import FLOATING
+from .operands import Base, Factors, Options
 from .terms import Terms, check_rank, check_terms, coefficient_count
 
-if TYPE_CHECKING:
-    from .groups import InputGroup
-
-__all__ = ["PeraLinear"]
-
-INITS = ("kaiming", "gaussian")
+__all__ = ["AdapterOptions", "PeraLinear"]
 
 
-def check_alpha(alpha: object, name: str = "alpha") -> None:
-    if alpha is None:
-        return
-    if isinstance(alpha, bool) or not isinstance(alpha, Real):
-        raise TypeError(f"{name} must be a number > 0 or None; got {alpha!r}")
-    try:
-        value = float(alpha)
-    except OverflowError:
-        value = math.inf
-    if not (math.isfinite(value) and value > 0):
-        raise ValueError(f"{name} must be finite and > 0; got {value!r}")
+@dataclass(frozen=True)
+class AdapterOptions:
+    """How an adapter is made: the options of :class:`PeraLinear`, checked."""
+
+    r: int = 16
+    alpha: float | None = None
+    terms: Terms = "full"
+    dropout: float = 0.0
+    init: str = "kaiming"
+    adapter_dtype: torch.dtype | None = None
+    backend: str = "auto"
+    plan: str = "auto"
+
+    def __post_init__(self) -> None:
+        check_rank(self.r)
+        check_terms(self.terms)
+        checks.check_dropout(self.dropout, "dropout")
+        checks.check_alpha(self.alpha)
+        checks.check_init(self.init)
+        checks.check_adapter_dtype(self.adapter_dtype)
+        checks.check_backend(self.backend)
+        checks.check_plan(self.plan)
+        if self.plan == "composed" and self.dropout > 0.0:
+            raise ValueError(f"plan='composed' takes no dropout; got dropout={self.dropout}")
 
 
-def check_adapter_options(
-    r: int,
-    alpha: float | None,
-    terms: Terms,
-    dropout: float,
-    init: str,
-    adapter_dtype: torch.dtype | None,
-    backend: str,
-    plan: str,
-) -> None:
-    """Refuse bad adapter options before anything is built; the messages name the argument."""
-    check_rank(r)
-    check_terms(terms)
-    check_dropout(dropout, "dropout")
-    check_alpha(alpha)
-    if init not in INITS:
-        raise ValueError(f"init must be one of {', '.join(map(repr, INITS))}; got {init!r}")
-    if adapter_dtype is not None and adapter_dtype not in FLOATING:
-        raise TypeError(
-            "adapter_dtype must be float64, float32, bfloat16, float16 or None; "
-            f"got {adapter_dtype!r}"
-        )
-    check_backend(backend)
-    check_plan(plan)
-    if plan == "composed" and dropout > 0.0:
-        raise ValueError(f"plan='composed' takes no dropout; got dropout={dropout}")
+class SharedInputs(Protocol):
+    """Layers that share their input with others: see ``pera_kernels.adapters.shared_inputs``."""
 
-
-def _check_features(**sizes: int) -> None:
-    for name, size in sizes.items():
-        if isinstance(size, bool) or not isinstance(size, int):
-            raise TypeError(f"{name} must be an int >= 1; got {size!r}")
-        if size < 1:
-            raise ValueError(f"{name} must be an int >= 1; got {size}")
+    def take(self, layer: nn.Module, x: torch.Tensor) -> torch.Tensor | None:
+        """The output of ``layer``, computed together with others; None to compute it alone."""
 
 
 class PeraLinear(nn.Module):
@@ -119,11 +99,11 @@ class PeraLinear(nn.Module):
         backend: str = "auto",
         plan: str = "auto",
     ) -> None:
-        _check_features(in_features=in_features, out_features=out_features)
-        check_adapter_options(r, alpha, terms, dropout, init, adapter_dtype, backend, plan)
+        checks.check_features(in_features=in_features, out_features=out_features)
+        options = AdapterOptions(r, alpha, terms, dropout, init, adapter_dtype, backend, plan)
         super().__init__()
         self._adopt(nn.Linear(in_features, out_features, bias, device=device, dtype=dtype))
-        self._add_adapter(r, alpha, terms, dropout, init, adapter_dtype, backend, plan)
+        self._add_adapter(options)
 
     @classmethod
     def from_linear(
@@ -150,7 +130,12 @@ class PeraLinear(nn.Module):
             TypeError: ``layer`` is not a module with ``in_features`` and ``out_features``.
             ValueError: ``layer`` is adapted already, or an option does not fit.
         """
-        check_adapter_options(r, alpha, terms, dropout, init, adapter_dtype, backend, plan)
+        options = AdapterOptions(r, alpha, terms, dropout, init, adapter_dtype, backend, plan)
+        return cls.adapting(layer, options)
+
+    @classmethod
+    def adapting(cls, layer: nn.Module, options: AdapterOptions) -> PeraLinear:
+        """:meth:`from_linear` with options that are checked already."""
         if isinstance(layer, PeraLinear):
             raise ValueError("layer is a PeraLinear already; unmerge and use it, or adapt its base")
         if not isinstance(layer, nn.Module):
@@ -162,7 +147,7 @@ class PeraLinear(nn.Module):
                     f"{type(layer).__name__} has none"
                 )
         dense = is_plain_linear(layer)
-        if plan == "composed" and not dense:
+        if options.plan == "composed" and not dense:
             raise ValueError(
                 "plan='composed' needs a plain nn.Linear as base; "
                 f"got {type(layer).__name__}, which is called as it is"
@@ -171,7 +156,7 @@ class PeraLinear(nn.Module):
         self = kind.__new__(kind)
         nn.Module.__init__(self)
         self._adopt(layer)
-        self._add_adapter(r, alpha, terms, dropout, init, adapter_dtype, backend, plan)
+        self._add_adapter(options)
         return self.train(layer.training)
 
     def _adopt(self, layer: nn.Module) -> None:
@@ -182,39 +167,28 @@ class PeraLinear(nn.Module):
         bias = layer.bias
         self.register_parameter("bias", None if bias is None else bias.requires_grad_(False))  # type: ignore[arg-type, operator, union-attr]
 
-    def _add_adapter(
-        self,
-        r: int,
-        alpha: float | None,
-        terms: Terms,
-        dropout: float,
-        init: str,
-        adapter_dtype: torch.dtype | None,
-        backend: str,
-        plan: str,
-    ) -> None:
-        self.r = r
-        self.alpha = float(r if alpha is None else alpha)
-        self.terms: Terms = terms
-        self.dropout = float(dropout)
-        self.init = init
-        self.backend = backend
-        self.plan = plan
+    def _add_adapter(self, options: AdapterOptions) -> None:
+        self.r = r = options.r
+        self.alpha = float(r if options.alpha is None else options.alpha)
+        self.terms: Terms = options.terms
+        self.dropout = float(options.dropout)
+        self.init = options.init
+        self.backend = options.backend
+        self.plan = options.plan
         self.merged = False
         self._disabled_depth = 0
-        # Set by group_projections: layers that share their input with this one.
-        self._group: InputGroup | None = None
+        self.shared_inputs: SharedInputs | None = None
         self.register_buffer("merged_base", None, persistent=False)
-        device, dtype = self._adapter_place(adapter_dtype)
-        if backend != "auto" and device.type != "meta":
-            resolve(backend, device, (dtype,))
-        count = coefficient_count(r, terms)
+        device, dtype = self._adapter_place(options.adapter_dtype)
+        if options.backend != "auto" and device.type != "meta":
+            resolve(options.backend, device, (dtype,))
+        count = coefficient_count(r, options.terms)
         self.pera_A = nn.Parameter(torch.empty(r, self.in_features, device=device, dtype=dtype))
         self.pera_B = nn.Parameter(torch.empty(self.out_features, r, device=device, dtype=dtype))
         self.register_parameter(
             "pera_h",
             None
-            if terms == "linear"
+            if self.terms == "linear"
             else nn.Parameter(torch.empty(count, device=device, dtype=dtype)),
         )
         self.reset_adapter()
@@ -242,44 +216,41 @@ class PeraLinear(nn.Module):
             return self._base_forward(x)
         if self.merged:
             return F.linear(x, self.weight, self.bias)
-        return self._adapted_forward(x)
+        if self.shared_inputs is not None:
+            y = self.shared_inputs.take(self, x)
+            if y is not None:
+                return y
+        return functional.apply(x, self._base(x), self._factors(), self._options())
 
     def _base_forward(self, x: torch.Tensor) -> torch.Tensor:
         return F.linear(x, self.base_weight(), self.bias)
 
-    def _adapted_forward(self, x: torch.Tensor) -> torch.Tensor:
-        if self._group is not None and (y := self._group.output_of(self, x)) is not None:
-            return y
-        return self._apply_adapter(x, self.weight, self.bias, None)
+    def _base(self, x: torch.Tensor) -> Base:
+        return Base(self.weight, self.bias)
 
-    def _apply_adapter(
-        self,
-        x: torch.Tensor,
-        weight: torch.Tensor | None,
-        bias: torch.Tensor | None,
-        base_out: torch.Tensor | None,
-    ) -> torch.Tensor:
-        return functional.linear_or_update(
-            x,
-            weight,
-            bias,
-            base_out,
-            self.pera_A,
-            self.pera_B,
-            self.pera_h,
-            self.scale,
-            self.terms,
-            self.dropout if self.training else 0.0,
-            self.backend,
-            self.plan,
-        )
+    def _factors(self) -> Factors:
+        return Factors(self.pera_A, self.pera_B, self.pera_h)
+
+    def _options(self) -> Options:
+        dropout = self.dropout if self.training else 0.0
+        return Options(self.terms, self.scale, dropout, self.plan, self.backend)
+
+    def shared_call(self, x: torch.Tensor) -> tuple[Base, Factors, Options] | None:
+        """What :meth:`forward` computes, for layers that are evaluated together; None where this
+        one has to compute alone: merged, disabled, with hooks or with tensors that are not plain.
+        """
+        if self.merged or self._disabled_depth or not unobserved(self):
+            return None
+        if type(x) is not torch.Tensor:
+            return None
+        if not all(type(p) is nn.Parameter for p in self.parameters(recurse=False)):
+            return None
+        return Base(self.weight, self.bias), self._factors(), self._options()
 
     def delta_weight(self) -> torch.Tensor:
         """ΔW ``(M, N)`` in the adapter's dtype, differentiable in A, B and h."""
         return functional.delta_weight(
-            self.pera_A,
-            self.pera_B,
-            self.pera_h,
+            *self._factors(),
             scale=self.scale,
             terms=self.terms,
             backend=self.backend,
@@ -429,8 +400,11 @@ class PeraOverModule(PeraLinear):
     def _base_forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.base_layer(x)
 
-    def _adapted_forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self._apply_adapter(x, None, None, self.base_layer(x))
+    def _base(self, x: torch.Tensor) -> Base:
+        return Base(None, None, self.base_layer(x))
+
+    def shared_call(self, x: torch.Tensor) -> None:
+        """None: the base layer is called as it is, so this one computes alone."""
 
     def merge(self, safe: bool = True, *, keep_base: bool = True) -> None:
         """Refused: there is no plain dense weight to merge into."""
@@ -447,6 +421,11 @@ def is_plain_linear(layer: nn.Module) -> bool:
     # A subclass of Tensor may be quantized, or a shard.
     if type(layer.weight) is not nn.Parameter:
         return False
+    return unobserved(layer)
+
+
+def unobserved(layer: nn.Module) -> bool:
+    """Whether calling the layer is its class's forward and nothing else: no hooks, no override."""
     hooks = (
         layer._forward_hooks,
         layer._forward_pre_hooks,

@@ -3,8 +3,8 @@ against.
 
 It follows the paper line by line and is differentiated by autograd. In a working dtype below
 float32 it states where values are rounded: products of factors and coefficients are formed in
-    float32 and rounded once
-to the dtype of ``x``; everything else is PyTorch's own arithmetic in that dtype.
+float32 and rounded once to the dtype of ``x``; everything else is PyTorch's own arithmetic in that
+dtype.
 """
 
 from __future__ import annotations

@@ -1,8 +1,7 @@
 """Which monomials PERA keeps, how many there are, and in which order they stand.
 
 Letters used everywhere: ``T`` tokens, ``N`` in features, ``M`` out features, ``R`` rank, ``K``
-    expanded
-rank, ``L`` coefficients. ``A`` is ``(R, N)``, ``B`` is ``(M, R)``, ``h`` is ``(L,)``.
+expanded rank, ``L`` coefficients. ``A`` is ``(R, N)``, ``B`` is ``(M, R)``, ``h`` is ``(L,)``.
 
 Two orders of the pairs exist:
 
@@ -98,37 +97,18 @@ def offset_count(r: int, terms: Terms) -> int:
     return r // 2 + 1 - first_offset(terms)
 
 
-@lru_cache(maxsize=256)
-def circular_order(r: int, terms: Terms) -> tuple[int, ...]:
-    """For each circular pair lane, the position of its coefficient in the public order of ``h``."""
-    position = {pair: index for index, pair in enumerate(pairs(r, terms))}
-    first = first_offset(terms)
-    order = []
-    for d in range(first, first + offset_count(r, terms)):
-        lanes = r // 2 if d > 0 and 2 * d == r else r
-        for lane in range(lanes):
-            partner = (lane + d) % r
-            order.append(position[min(lane, partner), max(lane, partner)])
-    return tuple(order)
+def circular_order(r: int, terms: Terms, device: torch.device | str | None = None) -> torch.Tensor:
+    """For each circular pair lane ``(L,)``, the position of its coefficient in the public order.
 
-
-_index_cache: dict[tuple[int, str, torch.device], tuple[torch.Tensor, torch.Tensor]] = {}
-
-
-def circular_index(r: int, terms: Terms, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-    """Index tensors ``(L,)`` public -> circular and circular -> public, made once per device.
-
-    ``h[to_circular]`` is in circular order; ``dh_circular[to_public]`` is in public order.
+    ``h[order]`` is in circular order, and ``dh[order] = dh_circular`` takes gradients back. Made by
+    arithmetic at every call: an index that is kept would outlive the mode it was made under.
     """
-    key = (r, terms, device)
-    found = None if torch.compiler.is_compiling() else _index_cache.get(key)
-    if found is None:
-        order = circular_order(r, terms)
-        inverse = sorted(range(len(order)), key=order.__getitem__)
-        found = (
-            torch.tensor(order, dtype=torch.int64, device=device),
-            torch.tensor(inverse, dtype=torch.int64, device=device),
-        )
-        if not torch.compiler.is_compiling():
-            _index_cache[key] = found
-    return found
+    lane = torch.arange(coefficient_count(r, terms), device=device)
+    if terms == "square":
+        return lane
+    first = first_offset(terms)
+    i = lane % r
+    j = (i + lane // r + first) % r
+    low, high = torch.minimum(i, j), torch.maximum(i, j)
+    # Row ``low`` of the triangle starts after the rows above it.
+    return low * (2 * r - low + 1 - 2 * first) // 2 + high - low - first

@@ -9,9 +9,9 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from .. import merging
-from ..checkpoint import place, read_adapter
-from ..export import AdapterView, LoraExport, export_views
+from ..adapters import merge as merging
+from ..adapters.checkpoint import place, read_adapter
+from ..adapters.export import AdapterView, LoraExport, export_views
 from . import describe
 from .tables import progress, shown, table
 

@@ -8,9 +8,10 @@ from typing import Any
 
 import torch
 
-from .. import __version__, backends, configs, reference
-from ..checkpoint import AdapterFile
-from ..export import vllm_max_lora_rank
+from .. import __version__, backends, reference
+from ..adapters.checkpoint import AdapterFile
+from ..adapters.export import vllm_max_lora_rank
+from ..kernels import tiles
 from ..module import quadratic_share
 from ..terms import expanded_rank
 
@@ -42,7 +43,7 @@ def installation() -> dict[str, Any]:
         "versions": {name: _version(name) for name in PACKAGES},
         "auto": backends.resolve("auto", device, (torch.float32,)),
         "backends": reasons,
-        "tile_table": configs.architecture(device),
+        "tile_table": tiles.architecture(device),
         "interpreting": backends.interpreting(),
     }
 

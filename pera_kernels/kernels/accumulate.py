@@ -1,7 +1,14 @@
+"""Add the low-rank product to an output: y = base + s · u φ."""
+
+import torch
 import triton
 import triton.language as tl
 
-from .common import dot, keep_tile, overflow_as, round_to, row_keys
+from . import tiles
+from .launch import NO_DROPOUT, Dropout, blocks, dot_precision, launch
+from .tile_math import dot, keep_tile, overflow_as, round_to, row_keys
+
+__all__ = ["accumulate"]
 
 
 @triton.jit
@@ -74,4 +81,47 @@ def accumulate_kernel(
         y_ptr + offs_t[:, None] * stride_y_t + offs_m[None, :],
         round_to(acc, y_ptr.dtype.element_ty),
         mask=mask,
+    )
+
+
+def accumulate(
+    base: torch.Tensor | None,
+    u: torch.Tensor,
+    phi: torch.Tensor,
+    *,
+    out: torch.Tensor,
+    scale: float,
+    dropout: Dropout = NO_DROPOUT,
+) -> None:
+    """out = base + s u φ: u ``(T, lanes)``, base and out ``(T, M)``, unit last stride, maybe the
+    same.
+    """
+    lanes, M = phi.shape
+    T = u.shape[0]
+    tile = tiles.tile_for("accumulate", u.device, u.dtype, u.dtype)
+    block_t, block_k = tiles.shrink(tile.block_t, T), tiles.shrink(tile.block_k, lanes)
+    blocks_t = blocks(T, block_t)
+    block_m = tiles.narrow(tile.block_n, M, tiles.processor_count(u.device) // blocks_t)
+    launch(
+        accumulate_kernel,
+        (blocks_t * blocks(M, block_m),),
+        base_ptr=base,
+        u_ptr=u,
+        phi_ptr=phi,
+        y_ptr=out,
+        scale=scale,
+        keep_scale=dropout.keep_scale,
+        T=T,
+        M=M,
+        lanes=lanes,
+        stride_base_t=0 if base is None else base.stride(0),
+        stride_u_t=u.stride(0),
+        stride_y_t=out.stride(0),
+        HAS_BASE=base is not None,
+        PRECISION=dot_precision(u.dtype),
+        BLOCK_T=block_t,
+        BLOCK_M=block_m,
+        BLOCK_K=block_k,
+        **tile.options(),
+        **dropout.arguments(),
     )

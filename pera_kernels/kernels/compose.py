@@ -1,7 +1,14 @@
+"""The weight-space update W0 + ΔW, or ΔW alone (Eq. 4, 9)."""
+
+import torch
 import triton
 import triton.language as tl
 
-from .common import dot, overflow_as, round_to
+from . import tiles
+from .launch import blocks, dot_precision, launch
+from .tile_math import dot, overflow_as, round_to
+
+__all__ = ["compose"]
 
 
 @triton.jit
@@ -64,3 +71,36 @@ def compose_kernel(
         )
         acc += base.to(tl.float32)
     tl.store(w_ptr + rows * stride_w_m + offs_n[None, :], round_to(acc, dtype), mask=mask)
+
+
+def compose(
+    base: torch.Tensor | None, phi_b: torch.Tensor, phi_a: torch.Tensor, *, scale: float
+) -> torch.Tensor:
+    """base + s φ(B) diag(c) φ(A) ``(M, N)``, from φ(b) ``(lanes, M)`` with the coefficients in it,
+    φ(a) ``(lanes, N)`` and base ``(M, N)``.
+    """
+    (lanes, N), M = phi_a.shape, phi_b.shape[1]
+    w = phi_a.new_empty(M, N)
+    tile = tiles.tile_for("compose", w.device, w.dtype, w.dtype)
+    launch(
+        compose_kernel,
+        (blocks(M, tile.block_t) * blocks(N, tile.block_n),),
+        base_ptr=base,
+        phi_b_ptr=phi_b,
+        phi_a_ptr=phi_a,
+        w_ptr=w,
+        scale=scale,
+        M=M,
+        N=N,
+        lanes=lanes,
+        stride_base_m=0 if base is None else base.stride(0),
+        stride_base_n=0 if base is None else base.stride(1),
+        stride_w_m=w.stride(0),
+        HAS_BASE=base is not None,
+        PRECISION=dot_precision(w.dtype),
+        BLOCK_M=tile.block_t,
+        BLOCK_N=tile.block_n,
+        BLOCK_K=tiles.shrink(tile.block_k, lanes),
+        **tile.options(),
+    )
+    return w

@@ -1,8 +1,21 @@
+"""φ in memory (Eq. 2, 3): a factor's rows and their products, times the coefficients."""
+
+import functools
+import itertools
+from collections.abc import Sequence
+
+import torch
 import triton
 import triton.language as tl
 
-from .common import load_coefficients, load_phi, pair_lanes, round_to
-from .reduce import sum_tile
+from ..terms import expanded_rank, lane_count
+from . import tiles
+from .launch import Factor, addressable, blocks, launch
+from .pair_tiles import load_coefficients, load_phi, pair_lanes
+from .reduce import SUM_BLOCKS, Sum, sum_arguments, sum_tile
+from .tile_math import round_to
+
+__all__ = ["expand"]
 
 
 @triton.jit
@@ -143,3 +156,64 @@ def expand_kernel(
                 sum_tile(
                     block, partial_ptr, out_ptr, parts, numel, width, stride_out, BLOCK_P, BLOCK_S
                 )
+
+
+@functools.cache
+def _no_expansion(number: int) -> dict[str, object]:
+    pointers = dict.fromkeys((f"{name}_{number}_ptr" for name in ("f", "h", "phi")), None)
+    sizes = (f"N_{number}", f"lanes_{number}", f"stride_f_{number}_r", f"stride_f_{number}_n")
+    return {
+        **pointers,
+        **dict.fromkeys(sizes, None),
+        f"MEMBERS_{number}": 1,
+        f"HAS_H_{number}": False,
+    }
+
+
+def expand(
+    factors: Sequence[Factor], pending: Sum | None = None, *, dtype: torch.dtype
+) -> list[torch.Tensor]:
+    """c ∘ φ of one or two factors in memory, in ``dtype``, and a pending sum, in one launch."""
+    first = factors[0]
+    arguments: dict[str, object] = {}
+    phis, grid = [], []
+    tile = tiles.tile_for("expand", first.rows.device, dtype, first.rows.dtype)
+    for number, factor in itertools.zip_longest(range(2), factors):
+        if factor is None:
+            arguments |= _no_expansion(number)
+            continue
+        rows = addressable(factor.rows)
+        N = rows.shape[1]
+        phi = rows.new_empty((factor.lanes, N), dtype=dtype)
+        phis.append(phi)
+        grid.append(blocks(factor.lanes, tile.block_k) * blocks(N, tile.block_n))
+        arguments |= {
+            f"f_{number}_ptr": rows,
+            f"h_{number}_ptr": factor.h,
+            f"phi_{number}_ptr": phi,
+            f"N_{number}": N,
+            f"lanes_{number}": factor.lanes,
+            f"stride_f_{number}_r": rows.stride(0),
+            f"stride_f_{number}_n": rows.stride(1),
+            f"MEMBERS_{number}": factor.members,
+            f"HAS_H_{number}": factor.h is not None,
+        }
+    if pending is not None:
+        grid.append(blocks(pending.numel, SUM_BLOCKS["BLOCK_S"]))
+    launch(
+        expand_kernel,
+        (max(grid), len(grid)),
+        **arguments,
+        **sum_arguments("", pending),
+        R=first.r,
+        K=expanded_rank(first.r, first.terms),
+        LANES=lane_count(first.r, first.terms),
+        TERMS=first.terms,
+        JOBS=len(factors),
+        HAS_SUM=pending is not None,
+        BLOCK_K=tile.block_k,
+        BLOCK_N=tile.block_n,
+        **SUM_BLOCKS,
+        **tile.options(),
+    )
+    return phis

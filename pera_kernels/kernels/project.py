@@ -1,7 +1,16 @@
+"""The skinny product u = x φ(f)ᵀ, with φ formed on chip or read from memory."""
+
+import torch
 import triton
 import triton.language as tl
 
-from .common import dot, keep_tile, load_phi, pair_lanes, round_to, row_keys, zero_tiles
+from . import tiles
+from .launch import NO_DROPOUT, Dropout, Factor, addressable, blocks, dot_precision, launch
+from .pair_tiles import load_phi, pair_lanes
+from .reduce import Sum
+from .tile_math import dot, keep_tile, round_to, row_keys, zero_tiles
+
+__all__ = ["project"]
 
 
 @triton.jit
@@ -90,3 +99,59 @@ def project_kernel(
             round_to(accs[piece] * scale, u_ptr.dtype.element_ty),
             mask=mask_t[:, None] & (offs_k < lanes)[None, :],
         )
+
+
+def project(
+    x: torch.Tensor,
+    factor: Factor,
+    *,
+    out: torch.Tensor,
+    scale: float = 1.0,
+    dropout: Dropout = NO_DROPOUT,
+) -> Sum | None:
+    """out = s dropout(x) φ(factor)ᵀ: x ``(T, N)``, out ``(T, lanes)`` in circular order, of any row
+    stride.
+
+    Where x was split along N, ``out`` is incomplete until the returned sum has run.
+    """
+    rows, lanes = addressable(factor.rows), factor.lanes
+    T, N = x.shape
+    kernel = "project_expanded" if factor.terms == "linear" else "project"
+    tile = tiles.tile_for(kernel, x.device, x.dtype, rows.dtype)
+    block_t, block_k = tiles.shrink(tile.block_t, T), tiles.shrink(tile.block_k, lanes)
+    # One block of tokens is read again from the cache at once: more programs win then.
+    blocks_t = blocks(T, block_t)
+    pieces = tiles.pieces(lanes, block_k, tile.pieces if blocks_t > 1 else 1)
+    programs = blocks_t * blocks(lanes, pieces * block_k)
+    wanted = tiles.processor_count(x.device) // programs
+    splits, n_per_split = tiles.split(N, wanted, 2 * tile.block_n)
+    partial = None if splits == 1 else x.new_empty((splits, T, lanes), dtype=torch.float32)
+    target = out if partial is None else partial
+    launch(
+        project_kernel,
+        (programs, splits),
+        x_ptr=x,
+        f_ptr=rows,
+        u_ptr=target,
+        scale=scale * dropout.keep_scale,
+        T=T,
+        N=N,
+        lanes=lanes,
+        n_per_split=n_per_split,
+        stride_x_t=x.stride(0),
+        stride_x_n=x.stride(1),
+        stride_f_r=rows.stride(0),
+        stride_f_n=rows.stride(1),
+        stride_u_split=T * lanes,
+        stride_u_t=target.stride(-2),
+        PRECISION=dot_precision(x.dtype),
+        PIECES=pieces,
+        BLOCK_T=block_t,
+        BLOCK_N=tile.block_n,
+        BLOCK_K=block_k,
+        MEMBERS=factor.members,
+        **factor.constants(),
+        **tile.options(),
+        **dropout.arguments(),
+    )
+    return None if partial is None else Sum(partial, out, lanes, out.stride(0))

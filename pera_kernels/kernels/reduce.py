@@ -1,7 +1,17 @@
+"""Sums of partial results, in a fixed order: splits without atomics."""
+
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
 import triton
 import triton.language as tl
 
-from .common import round_to
+from .launch import blocks, launch
+from .tile_math import round_to
+
+__all__ = ["Sum", "sum_partials"]
 
 
 @triton.jit
@@ -102,3 +112,48 @@ def sum_partials_kernel(
                     BLOCK_P,
                     BLOCK_S,
                 )
+
+
+SUM_BLOCKS = {"BLOCK_P": 16, "BLOCK_S": 128}
+SUMS = 3
+
+
+@dataclass(frozen=True)
+class Sum:
+    """A pending out = partial.sum(0): partial ``(parts, ...)`` float32, out of rows ``width``."""
+
+    partial: torch.Tensor
+    out: torch.Tensor
+    width: int
+    stride: int
+
+    @property
+    def numel(self) -> int:
+        return self.partial.stride(0)
+
+
+def sum_arguments(suffix: str, job: Sum | None) -> dict[str, object]:
+    return {
+        f"partial{suffix}_ptr": None if job is None else job.partial,
+        f"out{suffix}_ptr": None if job is None else job.out,
+        f"parts{suffix}": None if job is None else job.partial.shape[0],
+        f"numel{suffix}": None if job is None else job.numel,
+        f"width{suffix}": None if job is None else job.width,
+        f"stride_out{suffix}": None if job is None else job.stride,
+    }
+
+
+def sum_partials(sums: Sequence[Sum]) -> None:
+    """Every sum in a fixed order, three in a launch."""
+    for start in range(0, len(sums), SUMS):
+        some = sums[start : start + SUMS]
+        arguments: dict[str, object] = {}
+        for number, job in itertools.zip_longest(range(SUMS), some):
+            arguments |= sum_arguments(f"_{number}", job)
+        launch(
+            sum_partials_kernel,
+            (max(blocks(job.numel, SUM_BLOCKS["BLOCK_S"]) for job in some), len(some)),
+            **arguments,
+            JOBS=len(some),
+            **SUM_BLOCKS,
+        )

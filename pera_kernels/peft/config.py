@@ -6,8 +6,7 @@ from dataclasses import dataclass, field
 
 from peft.config import PeftConfig
 
-from pera_kernels.functional import check_dropout
-from pera_kernels.module import check_alpha
+from pera_kernels.checks import check_alpha, check_dropout
 from pera_kernels.terms import check_rank, check_terms
 
 __all__ = ["PERA", "PeraConfig"]

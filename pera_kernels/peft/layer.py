@@ -12,9 +12,10 @@ from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import nn
 
 from pera_kernels import functional
-from pera_kernels.export import AdapterView
-from pera_kernels.functional import FLOATING
-from pera_kernels.module import is_plain_linear
+from pera_kernels.adapters.export import AdapterView
+from pera_kernels.checks import FLOATING
+from pera_kernels.module import SharedInputs, is_plain_linear, unobserved
+from pera_kernels.operands import Base, Factors, Options
 from pera_kernels.terms import Terms, coefficient_count
 
 from .config import PeraConfig
@@ -56,6 +57,12 @@ def unsupported(module: nn.Module) -> str | None:
     return None
 
 
+def _fits(adapter: Factors, x: torch.Tensor) -> bool:
+    """PERA takes factors in the dtype of x, or in float32 under half precision."""
+    half = x.dtype in (torch.bfloat16, torch.float16)
+    return adapter.A.dtype == x.dtype or (half and adapter.A.dtype == torch.float32)
+
+
 class PeraLayer(nn.Module, BaseTunerLayer):
     """A linear base layer with any number of named PERA adapters.
 
@@ -93,6 +100,7 @@ class PeraLayer(nn.Module, BaseTunerLayer):
         self.terms: dict[str, Terms] = {}
         self._disable_adapters = False
         self.merged_adapters: list[str] = []
+        self.shared_inputs: SharedInputs | None = None
         # W0 while adapters are merged, so that unmerging is exact.
         self._merged_base: torch.Tensor | None = None
 
@@ -255,54 +263,50 @@ class PeraLayer(nn.Module, BaseTunerLayer):
         names = [name for name in self.active_adapters if name in self.pera_A]
         if self.merged or not names:
             return self.base_layer(x, *args, **kwargs)
-        weight, bias = self._plain_base() if not (args or kwargs) else (None, None)
-        y = None if weight is not None else self.base_layer(x, *args, **kwargs)
+        if self.shared_inputs is not None and not (args or kwargs):
+            y = self.shared_inputs.take(self, x)
+            if y is not None:
+                return y
+        base = None if args or kwargs else self._plain_base()
+        if base is None:
+            base = Base(None, None, self.base_layer(x, *args, **kwargs))
         for name in names:
-            y = self._add(name, x, weight, bias, y)
-            weight = bias = None
-        assert y is not None
-        return y
+            base = Base(None, None, self._add(name, x, base))
+        assert base.out is not None
+        return base.out
 
-    def _plain_base(self) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-        """Weight ``(M, N)`` and bias of a base that does nothing else; (None, None) otherwise."""
+    def _plain_base(self) -> Base | None:
+        """Weight ``(M, N)`` and bias of a base that does nothing else; None otherwise."""
         base = self.base_layer
         trains = any(p.requires_grad for p in base.parameters(recurse=False))
         if is_plain_linear(base) and not trains:
-            return base.weight, base.bias  # type: ignore[return-value]
-        return None, None
+            return Base(base.weight, base.bias)  # type: ignore[arg-type]
+        return None
 
-    def _add(
-        self,
-        name: str,
-        x: torch.Tensor,
-        weight: torch.Tensor | None,
-        bias: torch.Tensor | None,
-        y: torch.Tensor | None,
-    ) -> torch.Tensor:
+    def _options(self, name: str) -> Options:
+        dropout = self.pera_dropout[name] if self.training else 0.0
+        return Options(self.terms[name], self.scaling[name], dropout, "auto", "auto")
+
+    def shared_call(self, x: torch.Tensor) -> tuple[Base, Factors, Options] | None:
+        """As :meth:`pera_kernels.PeraLinear.shared_call`, for the one active adapter."""
+        names = [name for name in self.active_adapters if name in self.pera_A]
+        if self.disable_adapters or self.merged or len(names) != 1 or not unobserved(self):
+            return None
+        base, adapter = self._plain_base(), Factors(*self._factors(names[0]))
+        if base is None or type(x) is not torch.Tensor or not _fits(adapter, x):
+            return None
+        if any(t is not None and type(t) is not nn.Parameter for t in adapter):
+            return None
+        return base, adapter, self._options(names[0])
+
+    def _add(self, name: str, x: torch.Tensor, base: Base) -> torch.Tensor:
         """The base's output, made or given, and the update of one adapter."""
-        A, B, h = self._factors(name)
-        if y is not None and y.dtype != x.dtype:
-            x = x.to(y.dtype)
-        # PERA takes the dtype of x or float32 under half precision.
-        half = x.dtype in (torch.bfloat16, torch.float16)
-        if A.dtype != x.dtype and not (half and A.dtype == torch.float32):
-            A, B = A.to(x.dtype), B.to(x.dtype)
-            h = None if h is None else h.to(x.dtype)
-        functional.check_adapter(A, B, h, self.terms[name])
-        return functional.linear_or_update(
-            x,
-            weight,
-            bias,
-            y,
-            A,
-            B,
-            h,
-            self.scaling[name],
-            self.terms[name],
-            self.pera_dropout[name] if self.training else 0.0,
-            "auto",
-            "auto",
-        )
+        adapter = Factors(*self._factors(name))
+        if base.out is not None and base.out.dtype != x.dtype:
+            x = x.to(base.out.dtype)
+        if not _fits(adapter, x):
+            adapter = Factors(*(None if t is None else t.to(x.dtype) for t in adapter))  # type: ignore[arg-type]
+        return functional.apply(x, base, adapter, self._options(name))
 
     def _mixed(
         self, x: torch.Tensor, y: torch.Tensor, adapter_names: Sequence[str]
@@ -319,7 +323,7 @@ class PeraLayer(nn.Module, BaseTunerLayer):
                 continue
             own = [i for i, other in enumerate(adapter_names) if other == name]
             index = torch.tensor(own, device=x.device)
-            parts[index] = self._add(name, x[index], None, None, y[index]).to(parts.dtype)
+            parts[index] = self._add(name, x[index], Base(None, None, y[index])).to(parts.dtype)
         return parts
 
     def extra_repr(self) -> str:

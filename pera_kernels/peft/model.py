@@ -14,8 +14,9 @@ from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 from peft.utils.other import get_pattern_key
 from torch import nn
 
-from pera_kernels.export import best_of_rank, expanded
-from pera_kernels.merging import refuse_shared
+from pera_kernels.adapters.export import best_of_rank, expanded
+from pera_kernels.adapters.merge import refuse_shared
+from pera_kernels.adapters.shared_inputs import shared_inputs
 
 from .config import PeraConfig
 from .layer import BASE, PeraLayer, is_conv1d, unsupported
@@ -40,6 +41,7 @@ class PeraModel(BaseTuner):
         trainable = [(p, p.requires_grad) for p in model.parameters()]
         try:
             super().inject_adapter(model, adapter_name, *args, **kwargs)
+            shared_inputs(model)
         except BaseException:
             for name, layer in list(model.named_modules()):
                 if not isinstance(layer, PeraLayer) or layer in held:

@@ -6,7 +6,8 @@ from typing import Any
 
 from torch import nn
 
-from pera_kernels.adapt import check_rate, grouped
+from pera_kernels.adapters.optimizer import grouped
+from pera_kernels.checks import check_rate
 
 from .layer import PeraLayer
 

@@ -29,9 +29,10 @@ from typing import Any, NoReturn
 import torch
 
 import pera_kernels
+from pera_kernels import testing as numerics
 from pera_kernels.backends import interpreting
 from pera_kernels.terms import TERMS
-from pera_kernels.verify import numerics, report
+from pera_kernels.verify import report
 from pera_kernels.verify.measure import Row, in_order, measure
 from pera_kernels.verify.plan import (
     DEFAULT_DTYPES,

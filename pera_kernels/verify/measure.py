@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from pera_kernels.terms import coefficient_count
-from pera_kernels.verify.numerics import POOLED_COEFFICIENTS, Case, Verdict, check, draws
+from pera_kernels.testing import POOLED_COEFFICIENTS, Case, Verdict, check, draws
 from pera_kernels.verify.plan import Task, groups
 
 __all__ = ["Row", "in_order", "measure"]

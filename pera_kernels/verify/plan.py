@@ -10,7 +10,7 @@ import torch
 
 from pera_kernels.backends import unavailable
 from pera_kernels.terms import Terms, expanded_rank
-from pera_kernels.verify.numerics import Case
+from pera_kernels.testing import Case
 
 __all__ = ["DTYPES", "OPS", "RANKS", "Request", "Task", "coverage", "plan"]
 

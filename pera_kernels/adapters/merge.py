@@ -10,8 +10,8 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
-from .adapt import adapted_modules, named_places
-from .module import PeraLinear, PeraOverModule
+from ..module import PeraLinear, PeraOverModule
+from .inject import adapted_modules, named_places
 
 __all__ = ["merge", "unload", "unmerge"]
 

@@ -11,18 +11,18 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from ..terms import coefficient_count
 from . import files
 from .checkpoint import AdapterFile, Incompatible, _check_modules, place, unwrapped
-from .terms import coefficient_count
 
-__all__ = ["load_official"]
+__all__ = ["load_released"]
 
 PARTS = {"lora_A": "pera_A", "lora_B": "pera_B", "lora_A_parameter": "pera_h"}
 PREFIX = "base_model.model."
 NAMES = ("adapter_model.safetensors", "adapter_model.bin")
 
 
-def load_official(
+def load_released(
     model: nn.Module,
     path: str | os.PathLike[str],
     strict: bool = True,

@@ -16,11 +16,12 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from . import files, reference
-from .adapt import adapted_modules
+from .. import reference
+from ..checks import FLOATING
+from ..terms import Terms, check_rank
+from . import files
 from .checkpoint import CONFIG_FILE, TENSORS_FILE, unwrapped
-from .functional import FLOATING
-from .terms import Terms, check_rank
+from .inject import adapted_modules
 
 __all__ = ["AdapterView", "LoraExport", "adapters_of", "export_lora", "vllm_max_lora_rank"]
 

@@ -21,11 +21,11 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 from torch import nn
 
+from ..checks import FLOATING, check_adapter
+from ..module import AdapterOptions, PeraLinear
+from ..terms import TERMS
 from . import files
-from .adapt import adapted_modules, adopt, named_places
-from .functional import FLOATING, check_adapter
-from .module import PeraLinear, check_adapter_options
-from .terms import TERMS
+from .inject import adapted_modules, adopt, named_places
 
 __all__ = [
     "AdapterFile",
@@ -343,16 +343,7 @@ def _check_modules(
             told["r"] = r
             if told["alpha"] is None or isinstance(told["dropout"], bool):
                 raise TypeError(f"alpha and dropout must be numbers; got {told!r}")
-            check_adapter_options(
-                r,
-                told["alpha"],
-                told["terms"],
-                told["dropout"],
-                "kaiming",
-                None,
-                "auto",
-                "auto",
-            )
+            AdapterOptions(r, told["alpha"], told["terms"], told["dropout"])
         except (TypeError, ValueError) as error:
             raise ValueError(f"{where}: {error}") from error
 
@@ -438,12 +429,9 @@ def _inject(model: nn.Module, adapter: AdapterFile, strict: bool, backend: str) 
         )
     options = {}
     for name in fitting:
+        dtype = _adapter_dtype(modules[name], adapter.tensors[name]["pera_A"].dtype)
         own = adapter.options[name]
-        options[name] = {
-            **own,
-            "adapter_dtype": _adapter_dtype(modules[name], adapter.tensors[name]["pera_A"].dtype),
-            "backend": backend,
-        }
+        options[name] = AdapterOptions(**own, adapter_dtype=dtype, backend=backend)
     adopt(model, named_places(model, [modules[name] for name in fitting]), options)
     _copy(
         [

@@ -1,9 +1,4 @@
-"""Tile helpers shared by the kernels: pair lanes, coefficients, φ tiles, the dropout hash.
-
-A lane ``k`` of the expanded rank stands in circular order (see ``pera_kernels.terms``): ``R``
-linear lanes, then ``R`` lanes per circular offset. Factor row and partner follow from ``k`` by
-arithmetic: no index table.
-"""
+"""Arithmetic on tiles: products, rounding, sums into rows, and the bits of the dropout mask."""
 
 import triton
 import triton.language as tl
@@ -60,82 +55,6 @@ def zero_tiles(PIECES: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
     for _ in tl.static_range(PIECES):
         tiles = tiles + (tl.zeros((ROWS, COLUMNS), tl.float32),)
     return tiles
-
-
-@triton.jit
-def pair_lanes(
-    offs_k,
-    R: tl.constexpr,
-    K: tl.constexpr,
-    LANES: tl.constexpr,
-    MEMBERS: tl.constexpr,
-    TERMS: tl.constexpr,
-):
-    """Lane k -> (i, j, is_pair, live): φ[k] = f_i, or f_i ∘ f_j where is_pair, or 0 unless live.
-
-    A stack of MEMBERS factors of R rows each has LANES lanes for each, the last of them unused:
-    K of them are live. i and j are rows of the stack.
-    """
-    if MEMBERS == 1:
-        lane = offs_k
-        row = 0
-    else:
-        lane = offs_k % LANES
-        row = offs_k // LANES * R
-    live = lane < K
-    if TERMS == "linear":
-        i = row + lane
-        j = i
-        is_pair = lane < 0
-    else:
-        block = lane // R
-        i = lane % R
-        is_pair = (block > 0) & live
-        if TERMS == "cross":
-            j = (i + block) % R
-        else:
-            j = (i + tl.maximum(block - 1, 0)) % R
-        i += row
-        j += row
-    return i, j, is_pair, live
-
-
-@triton.jit
-def coefficient_index(i, j, R: tl.constexpr, K: tl.constexpr, TERMS: tl.constexpr):
-    """Where the coefficient of the pair {i, j} stands in a stack of h, each in the public order
-    (row-major upper triangular).
-    """
-    member = i // R
-    low = tl.minimum(i, j) - member * R
-    high = tl.maximum(i, j) - member * R
-    if TERMS == "square":
-        index = low
-    elif TERMS == "cross":
-        index = low * (2 * R - low - 1) // 2 + high - low - 1
-    else:
-        index = low * (2 * R - low + 1) // 2 + high - low
-    return member * (K - R) + index
-
-
-@triton.jit
-def load_coefficients(h_ptr, i, j, is_pair, R: tl.constexpr, K: tl.constexpr, TERMS: tl.constexpr):
-    """c in float32: one on linear lanes, h on pair lanes."""
-    index = coefficient_index(i, j, R, K, TERMS)
-    return tl.load(h_ptr + index, mask=is_pair, other=1.0).to(tl.float32)
-
-
-@triton.jit
-def load_phi(f_ptr, i, j, is_pair, offs, stride_f_r, stride_f_n, mask, TERMS: tl.constexpr):
-    """A tile of φ(f), zero outside the mask; the shapes of i and offs broadcast. Products are
-    float32, single rows come as they are.
-    """
-    phi = tl.load(f_ptr + (i * stride_f_r + offs * stride_f_n), mask=mask, other=0.0)
-    if TERMS != "linear":
-        partner = tl.load(
-            f_ptr + (j * stride_f_r + offs * stride_f_n), mask=mask & is_pair, other=1.0
-        )
-        phi = phi.to(tl.float32) * partner.to(tl.float32)
-    return phi
 
 
 @triton.jit

@@ -2,22 +2,21 @@
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from numbers import Real
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
 from torch import nn
 
-from .groups import group_projections
-from .module import PeraLinear, check_adapter_options
-from .terms import Terms
+from ..module import AdapterOptions, PeraLinear
+from ..terms import Terms
+from .shared_inputs import SHARED_INPUTS, check_shared_inputs
+from .shared_inputs import shared_inputs as share_in
 
 ModelT = TypeVar("ModelT", bound=nn.Module)
 
-__all__ = ["adapted_modules", "adapter_parameters", "inject", "parameter_groups"]
+__all__ = ["adapted_modules", "adapter_parameters", "inject"]
 
 
 def _matches(name: str, targets: Sequence[str] | re.Pattern[str]) -> bool:
@@ -88,7 +87,7 @@ def inject(
     adapter_dtype: torch.dtype | None = None,
     backend: str = "auto",
     plan: str = "auto",
-    group: bool = True,
+    shared_inputs: Sequence[Sequence[str]] = SHARED_INPUTS,
 ) -> ModelT:
     """Replace linear layers of ``model`` by :class:`PeraLinear` in place and freeze everything
     else.
@@ -99,8 +98,8 @@ def inject(
             regular expression that must match a whole path; it passes over modules that are not
             linear.
         r, alpha, terms, dropout, init, adapter_dtype, backend, plan: see :class:`PeraLinear`.
-        group: evaluate projections together that surely share their input (see
-            :func:`group_projections`).
+        shared_inputs: names of children of one module that it calls on the same tensor, by groups;
+            they are computed together (see :func:`pera_kernels.shared_inputs`); ``()`` for none.
 
     Returns:
         The same model. Adapters that were there before stay as they are, and trainable.
@@ -112,7 +111,8 @@ def inject(
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be an nn.Module; got {type(model).__name__}")
     wanted = _check_targets(target_modules)
-    check_adapter_options(r, alpha, terms, dropout, init, adapter_dtype, backend, plan)
+    groups = check_shared_inputs(shared_inputs)
+    options = AdapterOptions(r, alpha, terms, dropout, init, adapter_dtype, backend, plan)
     found = _targets(model, wanted)
     if not found:
         linear = [n for n, m in model.named_modules() if n and _is_linear_like(m)]
@@ -121,16 +121,7 @@ def inject(
             f"target_modules={target_modules!r} matches no module of {type(model).__name__}; "
             f"its linear layers are: {shown or 'none'}"
         )
-    options: dict[str, Any] = {
-        "alpha": alpha,
-        "terms": terms,
-        "dropout": dropout,
-        "init": init,
-        "adapter_dtype": adapter_dtype,
-        "backend": backend,
-        "plan": plan,
-    }
-    adopt(model, found, {name: {"r": r, **options} for name, _, _ in found}, group)
+    adopt(model, found, dict.fromkeys((name for name, _, _ in found), options), groups)
     return model
 
 
@@ -150,11 +141,11 @@ def named_places(
 def adopt(
     model: nn.Module,
     places: Sequence[tuple[str, nn.Module, nn.Module]],
-    options: Mapping[str, Mapping[str, Any]],
-    group: bool = True,
+    options: Mapping[str, AdapterOptions],
+    groups: Sequence[tuple[str, ...]] = SHARED_INPUTS,
 ) -> None:
-    """Put adapters with the ``options`` of :meth:`PeraLinear.from_linear`, which are by name, in
-    these places and freeze everything else. If one cannot be made, nothing is changed.
+    """Put adapters with these options, which are by name, in these places and freeze everything
+    else. If one cannot be made, nothing is changed.
     """
     trainable = [(p, p.requires_grad) for p in model.parameters()]
     # A layer that stands under two names keeps doing so: one adapter for both.
@@ -162,7 +153,7 @@ def adopt(
     try:
         for name, _, layer in places:
             if layer not in adapted and name in options:
-                adapted[layer] = PeraLinear.from_linear(layer, **options[name])
+                adapted[layer] = PeraLinear.adapting(layer, options[name])
     except BaseException:
         for parameter, requires_grad in trainable:
             parameter.requires_grad_(requires_grad)
@@ -173,8 +164,7 @@ def adopt(
             parameter.requires_grad_(False)
     for name, parent, layer in places:
         setattr(parent, name.rpartition(".")[2], adapted[layer])
-    if group:
-        group_projections(model)
+    share_in(model, groups)
 
 
 def adapted_modules(model: nn.Module) -> dict[str, PeraLinear]:
@@ -189,69 +179,3 @@ def adapter_parameters(model: nn.Module) -> Iterator[nn.Parameter]:
         yield layer.pera_B
         if layer.pera_h is not None:
             yield layer.pera_h
-
-
-def check_rate(name: str, value: object) -> None:
-    if isinstance(value, bool) or not isinstance(value, Real):
-        raise TypeError(f"{name} must be a number >= 0; got {value!r}")
-    if not (math.isfinite(value) and float(value) >= 0):
-        raise ValueError(f"{name} must be finite and >= 0; got {value!r}")
-
-
-def parameter_groups(
-    model: nn.Module, lr: float, *, lr_h: float | None = None, weight_decay: float = 0.0
-) -> list[dict[str, Any]]:
-    """Parameter groups for ``torch.optim``: the factors, and the coefficients h at their own rate.
-
-    A product of two factor entries is small at the usual initialisation (about 1 / (3 N)), so an
-    ``h`` that moves at the rate of the factors leaves the quadratic part invisible: rates 100 to
-    1000 times ``lr`` are worth trying, with :meth:`PeraLinear.quadratic_share` as the gauge.
-
-    Args:
-        lr: rate of A, B and of any other trainable parameter of the model (in a group of its own).
-        lr_h: rate of h; None means ``lr``.
-        weight_decay: of every group but that of h, which is never decayed.
-
-    Returns:
-        Groups with ``"name"`` "factors", "coefficients" and "other", those that are not empty.
-
-    Raises:
-        ValueError: a rate that is negative or not finite, or a model without a trainable adapter.
-    """
-    check_rate("lr", lr)
-    check_rate("weight_decay", weight_decay)
-    if lr_h is not None:
-        check_rate("lr_h", lr_h)
-    layers = adapted_modules(model).values()
-    factors = [p for m in layers for p in (m.pera_A, m.pera_B)]
-    hs = [m.pera_h for m in layers if m.pera_h is not None]
-    return grouped(model, factors, hs, lr, lr if lr_h is None else lr_h, weight_decay)
-
-
-def grouped(
-    model: nn.Module,
-    factors: Sequence[nn.Parameter],
-    hs: Sequence[nn.Parameter],
-    lr: float,
-    lr_h: float,
-    weight_decay: float,
-) -> list[dict[str, Any]]:
-    """The groups of :func:`parameter_groups` from the adapters' parameters, those that train.
-
-    Raises:
-        ValueError: none of them does.
-    """
-    adapter = {id(p) for p in (*factors, *hs)}
-    factors = [p for p in factors if p.requires_grad]
-    hs = [p for p in hs if p.requires_grad]
-    if not factors and not hs:
-        raise ValueError(
-            f"model has no trainable adapter: call inject first; got {type(model).__name__}"
-        )
-    other = [p for p in model.parameters() if p.requires_grad and id(p) not in adapter]
-    groups: list[dict[str, Any]] = [
-        {"name": "factors", "params": factors, "lr": lr, "weight_decay": weight_decay},
-        {"name": "coefficients", "params": hs, "lr": lr_h, "weight_decay": 0.0},
-        {"name": "other", "params": other, "lr": lr, "weight_decay": weight_decay},
-    ]
-    return [group for group in groups if group["params"]]

@@ -1,0 +1,1 @@
+"""Adapters in models: put in, share inputs, merge, save, load, export, and their optimizer."""

@@ -1,0 +1,236 @@
+"""Adapted layers that share their input (q, k and v; gate and up) read it once in the forward.
+
+Which layers they are is said by a table of names. Outputs wait only inside one call of the parent's
+forward; a layer that is called from anywhere else computes alone.
+"""
+
+from __future__ import annotations
+
+import sys
+import threading
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+
+from .. import functional
+from ..operands import Base, Factors, Options
+
+__all__ = ["SHARED_INPUTS", "SharedInputs", "check_shared_inputs", "share", "shared_inputs"]
+
+# Children that their parent calls on one tensor, by their names in widespread models.
+SHARED_INPUTS: tuple[tuple[str, ...], ...] = (
+    ("q_proj", "k_proj", "v_proj"),
+    ("query", "key", "value"),
+    ("gate_proj", "up_proj"),
+    ("w1", "w3"),
+)
+
+
+SharedCall = tuple[Base, Factors, Options]
+
+
+class _Waiting(NamedTuple):
+    """An output that is computed and not yet asked for, and what it was computed from."""
+
+    call: SharedCall
+    state: tuple[Any, ...]
+    finish: Callable[[], torch.Tensor]
+
+
+class _Call:
+    """One call of the parent's forward: the first member that is asked for computes all."""
+
+    def __init__(self, members: list[nn.Module]) -> None:
+        self.members = members
+        self.computed = False
+        self.x: torch.Tensor | None = None
+        self.waiting: dict[nn.Module, _Waiting] = {}
+
+    def compute(self, layer: nn.Module, x: torch.Tensor) -> None:
+        """Compute the outputs of ``layer`` and of those that can be computed with it."""
+        self.computed = True
+        calls = {m: call for m in self.members if (call := m.shared_call(x)) is not None}
+        own = calls.get(layer)
+        if own is None or own[2].backend == "reference" or own[2].plan == "composed":
+            return
+        kind = _kind(own)
+        together = {m: call for m, call in calls.items() if _kind(call) == kind}
+        tensors = [x, *(t for call in together.values() for t in _tensors(call))]
+        # Inference tensors have no version: a write to one could not be seen.
+        if len(together) < 2 or any(t.is_inference() for t in tensors):
+            return
+        bases, adapters, _ = zip(*together.values(), strict=True)
+        outputs = functional.apply_together(x, bases, adapters, own[2])
+        self.x = x
+        self.waiting = {
+            member: _Waiting(call, _state(x, call), output)
+            for (member, call), output in zip(together.items(), outputs, strict=True)
+        }
+
+    def take(self, layer: nn.Module, x: torch.Tensor) -> torch.Tensor | None:
+        """The output of ``layer``, if it waits for this very x and nothing has changed since."""
+        waiting = self.waiting.get(layer)
+        if waiting is None or x is not self.x:
+            return None
+        call = layer.shared_call(x)
+        if call is None or call[2] != waiting.call[2] or _state(x, call) != waiting.state:
+            return None
+        del self.waiting[layer]
+        return waiting.finish()
+
+
+def _tensors(call: SharedCall) -> list[torch.Tensor]:
+    base, adapter, _ = call
+    return [t for t in (*base, *adapter) if t is not None]
+
+
+def _kind(call: SharedCall) -> tuple[Any, ...]:
+    """What layers have in common that are computed together."""
+    base, adapter, options = call
+    dtypes = [t.dtype for t in (base.weight, *adapter) if t is not None]
+    return options, adapter.A.shape, dtypes, adapter.A.device
+
+
+def _state(x: torch.Tensor, call: SharedCall) -> tuple[Any, ...]:
+    """What must be the same when an output is asked for as when it was computed."""
+    device_type = x.device.type
+    return (
+        x._version,
+        torch.is_grad_enabled(),
+        torch.is_inference_mode_enabled(),
+        torch.is_autocast_enabled(device_type) and torch.get_autocast_dtype(device_type),
+        [(id(t), t._version) for t in _tensors(call)],
+    )
+
+
+class _PerThread(threading.local):
+    call: _Call | None = None
+
+
+class SharedInputs:
+    """Children of one module that are called on one tensor: the first one computes all.
+
+    Hooks of the parent open and close the group. It dissolves for good once it computed something
+    that a completed call of the parent did not ask for; a call that ends in an exception, as the
+    recomputation of a checkpoint does, only frees what waits.
+    """
+
+    def __init__(self, names: Sequence[str]) -> None:
+        self.names = tuple(names)
+        self.dissolved = False
+        self._thread = _PerThread()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"names": self.names, "dissolved": self.dissolved}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state, _thread=_PerThread())
+
+    def open(self, parent: nn.Module, _: Any) -> None:
+        """The parent's forward starts."""
+        if torch.compiler.is_compiling() or self.dissolved:
+            return
+        children = [parent._modules.get(name) for name in self.names]
+        members = [m for m in children if getattr(m, "shared_inputs", None) is self]
+        self._thread.call = _Call(members)  # type: ignore[arg-type]
+
+    def close(self, parent: nn.Module, _: Any, __: Any) -> None:
+        """The parent's forward ended, in an exception or not."""
+        if torch.compiler.is_compiling():
+            return
+        call, self._thread.call = self._thread.call, None
+        if call is not None and call.waiting and sys.exc_info()[1] is None:
+            self.dissolved = True
+
+    def take(self, layer: nn.Module, x: torch.Tensor) -> torch.Tensor | None:
+        """The output of ``layer``, computed together with others; None to compute it alone."""
+        if torch.compiler.is_compiling() or (call := self._thread.call) is None:
+            return None
+        if not call.computed:
+            call.compute(layer, x)
+        return call.take(layer, x)
+
+
+def check_shared_inputs(names: object) -> list[tuple[str, ...]]:
+    """The groups of names as tuples; an error names the argument."""
+    groups = list(names) if isinstance(names, (list, tuple)) else None
+    if groups is None or not all(
+        isinstance(group, (list, tuple))
+        and len(group) > 1
+        and all(isinstance(name, str) and name for name in group)
+        for group in groups
+    ):
+        raise ValueError(
+            "shared_inputs must be a list of tuples of at least two names of children, such as "
+            f"[('q_proj', 'k_proj', 'v_proj')], or () for none; got {names!r}"
+        )
+    return [tuple(group) for group in groups]
+
+
+def shared_inputs(
+    model: nn.Module, names: Sequence[Sequence[str]] = SHARED_INPUTS
+) -> dict[str, tuple[str, ...]]:
+    """Say which adapted layers of ``model`` share their input, in place of what was said before.
+
+    For every module of ``model``, adapted children with the names of one group are computed
+    together when the module calls them on the same tensor: x is read once in the forward, and with
+    dropout they share one mask. A call with another tensor, changed parameters, hooks, sharded or
+    quantized weights makes a layer compute alone, as does ``torch.compile``. Outputs wait only
+    inside one call of that module's forward; where one is not asked for, its group dissolves.
+
+    Args:
+        names: groups of names of children; the default is a table of widespread ones
+            (``q_proj, k_proj, v_proj``; ``query, key, value``; ``gate_proj, up_proj``; ``w1, w3``).
+            ``()`` ends all sharing.
+
+    Returns:
+        The children's names by the name of their parent.
+
+    Raises:
+        ValueError: ``names`` is not a list of groups of at least two names.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be an nn.Module; got {type(model).__name__}")
+    groups = check_shared_inputs(names)
+    found: dict[str, tuple[str, ...]] = {}
+    for path, module in model.named_modules():
+        together = share(module, groups)
+        if together:
+            found[path] = together
+    return found
+
+
+def share(module: nn.Module, groups: Sequence[tuple[str, ...]]) -> tuple[str, ...]:
+    """Group the adapted children of one module; returns the names of those that are grouped."""
+    _remove_hooks(module)
+    for child in module.children():
+        if hasattr(child, "shared_call"):
+            child.shared_inputs = None  # type: ignore[assignment]
+    found: tuple[str, ...] = ()
+    for names in groups:
+        children = {name: module._modules.get(name) for name in names}
+        members = {n: m for n, m in children.items() if hasattr(m, "shared_call")}
+        if len(set(members.values())) < 2:
+            continue
+        group = SharedInputs(tuple(members))
+        for member in members.values():
+            member.shared_inputs = group  # type: ignore[union-attr, assignment]
+        module.register_forward_pre_hook(group.open)
+        module.register_forward_hook(group.close, always_call=True)
+        found += tuple(members)
+    return found
+
+
+def _remove_hooks(module: nn.Module) -> None:
+    """Take the hooks of earlier groups off a module."""
+    kinds = (
+        module._forward_pre_hooks,
+        module._forward_hooks,
+    )
+    for hooks in kinds:
+        for key, hook in list(hooks.items()):
+            if isinstance(getattr(hook, "__self__", None), SharedInputs):
+                del hooks[key]
+                module._forward_hooks_always_called.pop(key, None)

@@ -1,0 +1,128 @@
+"""What the launchers share: the operands of kernels, and the one place where kernels start.
+
+Each kernel stands in a file of its own beside its launcher, which takes two-dimensional tensors and
+turns their shapes into a grid, splits and workspaces. Importing these files imports Triton.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from contextvars import ContextVar
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+
+from ..dropout import drop_threshold
+from ..terms import Terms, expanded_rank, lane_count
+
+__all__ = ["Dropout", "Factor", "Launch", "in_memory", "launch", "on_device", "recorded"]
+
+
+class Launch(NamedTuple):
+    """A launch that was recorded: the kernel, its grid and its arguments by name."""
+
+    kernel: Any
+    grid: tuple[int, ...]
+    arguments: dict[str, Any]
+
+
+_recorder: ContextVar[list[Launch] | None] = ContextVar("recorder", default=None)
+
+
+def launch(kernel: Any, grid: tuple[int, ...], **arguments: Any) -> None:
+    """``kernel[grid](**arguments)``, unless launches are only :func:`recorded`."""
+    calls = _recorder.get()
+    if calls is None:
+        kernel[grid](**arguments)
+    else:
+        calls.append(Launch(kernel, grid, arguments))
+
+
+@contextlib.contextmanager
+def recorded() -> Iterator[list[Launch]]:
+    """Within this context no kernel starts: launches are collected, outputs stay uninitialised."""
+    calls: list[Launch] = []
+    token = _recorder.set(calls)
+    try:
+        yield calls
+    finally:
+        _recorder.reset(token)
+
+
+@dataclass(frozen=True)
+class Dropout:
+    """A probability and the seed tensor that chooses the mask."""
+
+    p: float
+    seed: torch.Tensor | None
+
+    def arguments(self) -> dict[str, object]:
+        return {
+            "seed_ptr": self.seed,
+            "drop_threshold": drop_threshold(self.p),
+            "HAS_DROPOUT": self.p > 0.0,
+        }
+
+    @property
+    def keep_scale(self) -> float:
+        return 1.0 / (1.0 - self.p)
+
+
+NO_DROPOUT = Dropout(0.0, None)
+
+
+@dataclass(frozen=True)
+class Factor:
+    """A factor ``(members · r, N)`` of any strides (``A``, or ``B.t()``) that a kernel expands, and
+    its coefficients h ``(members · L,)`` or None. Several members are adapters of one rank, one
+    below the other.
+    """
+
+    rows: torch.Tensor
+    h: torch.Tensor | None
+    r: int
+    terms: Terms
+    members: int = 1
+
+    @property
+    def lanes(self) -> int:
+        """How many lanes the expansion has, with the unused ones that pad each member's."""
+        return self.members * lane_count(self.r, self.terms)
+
+    def constants(self) -> dict[str, object]:
+        return {
+            "R": self.r,
+            "K": expanded_rank(self.r, self.terms),
+            "LANES": lane_count(self.r, self.terms),
+            "TERMS": self.terms,
+        }
+
+
+def in_memory(phi: torch.Tensor) -> Factor:
+    """An expansion φ ``(lanes, N)`` in memory as a factor: every lane is one of its rows."""
+    return Factor(phi, None, phi.shape[0], "linear")
+
+
+def on_device(x: torch.Tensor) -> contextlib.AbstractContextManager[object]:
+    """Make the tensor's GPU current while its kernels launch; nothing to do for the interpreter."""
+    return torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext()
+
+
+def dot_precision(dtype: torch.dtype) -> str:
+    """float32 products are exact unless PyTorch's own setting allows tf32."""
+    if dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32:
+        return "tf32"
+    return "ieee"
+
+
+def addressable(factor: torch.Tensor) -> torch.Tensor:
+    """The factor, copied if its strides reach past the 32-bit offsets the kernels use for it."""
+    reach = sum((n - 1) * s for n, s in zip(factor.shape, factor.stride(), strict=True))
+    return factor if reach < 2**31 else factor.contiguous()
+
+
+def blocks(size: int, block: int) -> int:
+    """How many blocks cover ``size``; triton.cdiv takes ten times as long on the host."""
+    return -(-size // block)

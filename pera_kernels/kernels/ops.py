@@ -1,0 +1,367 @@
+"""The Triton backend: the launches of a forward, of a backward, and of ΔW with its gradients.
+
+Where something traces (``torch.compile``, fake tensors, tensor subclasses) they run as
+``torch.library`` ops with fakes; elsewhere they are called directly, which costs the host less.
+Importing this file imports Triton.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import cast
+
+import torch
+import torch.nn.functional as F
+from torch.utils._python_dispatch import is_in_torch_dispatch_mode
+
+from ..operands import Base, Factors, Options
+from ..terms import Terms, lane_count, padded
+from .accumulate import accumulate
+from .compose import compose
+from .contract import contract
+from .expand import expand
+from .launch import Dropout, Factor, in_memory, on_device
+from .project import project
+from .reduce import Sum, sum_partials
+
+__all__ = ["backward", "delta_backward", "delta_forward", "forward"]
+
+# From so many tokens on φ is put in memory before a projection; with fewer, each of its programs
+# forms the φ it needs on chip. Model, from instruction counts of the compiled kernels: forming φ
+# for a block of 128 tokens costs the whole GPU 0.25 µs at r=16, n=4096, and reading it from memory
+# a share of a launch. From here on a projection also fills the GPU without a split along N.
+EXPANDED_TOKENS = 8192
+
+Gradients = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
+
+
+def forward(
+    x: torch.Tensor,
+    bases: Sequence[Base],
+    adapters: Sequence[Factors],
+    seed: torch.Tensor | None,
+    options: Options,
+) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+    """y ``(T, M)`` and u ``(T, lanes)`` of each of the layers that share x.
+
+    They have one rank and one dropout mask. A composed plan is for one layer; its u is empty.
+    """
+    if len(bases) == 1 and _traced(x):
+        (base,), (adapter,), o = bases, adapters, options
+        composed = o.plan == "composed"
+        y, u = _forward_op(x, *base, *adapter, seed, o.scale, o.terms, o.dropout_p, composed)
+        return [y], [u]
+    return _forward(x, bases, adapters, seed, options)
+
+
+def backward(
+    dy: torch.Tensor,
+    x: torch.Tensor | None,
+    u: torch.Tensor | None,
+    weight: torch.Tensor | None,
+    adapter: Factors,
+    seed: torch.Tensor | None,
+    options: Options,
+    needs: Sequence[bool],
+) -> Gradients:
+    """(dx, dA, dB, dh) of one layer, those of ``needs``; the others are empty tensors.
+
+    dx is the adapter's part alone where ``weight`` is None.
+    """
+    if _traced(dy):
+        o = options
+        rest = (o.scale, o.terms, o.dropout_p, o.plan == "composed", list(needs))
+        return _backward_op(dy, x, u, weight, *adapter, seed, *rest)
+    return _backward(dy, x, u, weight, adapter, seed, options, needs)
+
+
+def delta_forward(adapter: Factors, options: Options) -> torch.Tensor:
+    """ΔW ``(M, N)`` in the dtype of A."""
+    if _traced(adapter.A):
+        return _delta_forward_op(*adapter, options.scale, options.terms)
+    return _delta_forward(adapter, options)
+
+
+def delta_backward(
+    G: torch.Tensor, adapter: Factors, options: Options, needs: Sequence[bool]
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """(dA, dB, dh), those of ``needs``, from the gradient G ``(M, N)`` of ΔW."""
+    if _traced(G):
+        return _delta_backward_op(G, *adapter, options.scale, options.terms, list(needs))
+    return _delta_backward(G, adapter, options, needs)
+
+
+def _traced(x: torch.Tensor) -> bool:
+    """Whether a registered op has to stand for the launches."""
+    return (
+        torch.compiler.is_compiling()
+        or is_in_torch_dispatch_mode()
+        or type(x) not in (torch.Tensor, torch.nn.Parameter)
+    )
+
+
+def _forward(
+    x: torch.Tensor,
+    bases: Sequence[Base],
+    adapters: Sequence[Factors],
+    seed: torch.Tensor | None,
+    options: Options,
+) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+    with on_device(x):
+        if options.plan == "composed":
+            (base,), (adapter,) = bases, adapters
+            assert base.weight is not None
+            weight = _compose(base.weight, adapter, options, base.weight.dtype)
+            return [F.linear(x, weight, base.bias)], [x.new_empty(0)]
+        r, terms = adapters[0].A.shape[0], options.terms
+        starts = [_start(x, base) for base in bases]
+        T, lanes = x.shape[0], lane_count(r, terms)
+        u = x.new_empty(T, len(bases) * lanes)
+        us = [u[:, g * lanes : (g + 1) * lanes] for g in range(len(bases))]
+        ys = [y for _, y in starts]
+        if x.numel() == 0 or any(y.numel() == 0 for y in ys):
+            for base_out, y in starts:
+                y.copy_(base_out)
+            u.zero_()
+            return ys, us
+        stack = Factor(_stack([A for A, _, _ in adapters]), None, r, terms, len(bases))
+        backs = [Factor(B.t(), _dense(h), r, terms) for _, B, h in adapters]
+        phis: list[torch.Tensor] = []
+        if T >= EXPANDED_TOKENS:
+            *phis, phi_stack = _expand_all([*backs, stack], x.dtype)
+            stack = in_memory(phi_stack)
+        pending = project(x, stack, out=u, dropout=Dropout(options.dropout_p, seed))
+        phis = phis or _expand_all(backs, x.dtype, pending)
+        for (base_out, y), own, phi in zip(starts, us, phis, strict=True):
+            accumulate(_rows_dense(base_out), own, phi, out=y, scale=options.scale)
+    return ys, us
+
+
+def _backward(
+    dy: torch.Tensor,
+    x: torch.Tensor | None,
+    u: torch.Tensor | None,
+    weight: torch.Tensor | None,
+    adapter: Factors,
+    seed: torch.Tensor | None,
+    options: Options,
+    needs: Sequence[bool],
+) -> Gradients:
+    (A, B, h), r, terms = adapter, adapter.A.shape[0], options.terms
+    need_x, need_A, need_B, need_h = needs
+    dx = dy.new_empty((dy.shape[0], A.shape[1]) if need_x else 0)
+    dA, dB, dh = _gradients(dy, adapter, needs[1:])
+    if dy.numel() == 0 or A.shape[1] == 0:
+        return dx.zero_(), dA.zero_(), dB.zero_(), dh.zero_()
+    need_h = need_h and dh.numel() > 0
+    lanes = lane_count(r, terms)
+    dropout = Dropout(options.dropout_p, seed)
+    a, b = Factor(A, _dense(h), r, terms), Factor(B.t(), _dense(h), r, terms)
+    bare_b = Factor(B.t(), None, r, terms)
+    with on_device(dy):
+        adds = need_x and options.plan != "composed"
+        if need_x and weight is not None:
+            dx = dy @ (weight if adds else _compose(weight, adapter, options, dy.dtype))
+        if adds or need_A:
+            v, phi_a = dy.new_empty(dy.shape[0], lanes), None
+            if dy.shape[0] >= EXPANDED_TOKENS:
+                phi_b, phi_a = _expand_all([bare_b, a], dy.dtype)
+                bare_b = in_memory(phi_b)
+            # s v is rounded, as autograd does to the reference: a small v underflows in float16.
+            pending = project(dy, bare_b, out=v, scale=options.scale)
+            if adds:
+                if phi_a is None:
+                    (phi_a,) = _expand_all([a], dy.dtype, pending)
+                base = None if weight is None else dx
+                accumulate(base, v, phi_a, out=dx, scale=1.0, dropout=dropout)
+            elif pending is not None:
+                sum_partials([pending])
+        sums = []
+        if need_B or need_h:
+            if u is None:
+                assert x is not None
+                u = dy.new_empty(dy.shape[0], lanes)
+                pending = project(x, Factor(A, None, r, terms), out=u, dropout=dropout)
+                sum_partials([] if pending is None else [pending])
+            # dh comes with the contraction to dB, from u and dy: it never asks for x.
+            df, dh_out = dB.t() if need_B else None, dh if need_h else None
+            sums += contract(u, dy, b, df=df, dh=dh_out, scale=options.scale)
+        if need_A:
+            assert x is not None
+            sums += contract(v, x, a, df=dA, dh=None, scale=1.0, dropout=dropout)
+        sum_partials(sums)
+    return dx, dA, dB, dh
+
+
+def _delta_forward(adapter: Factors, options: Options) -> torch.Tensor:
+    A, B, _ = adapter
+    if A.shape[1] == 0 or B.shape[0] == 0:
+        return A.new_empty(B.shape[0], A.shape[1])
+    with on_device(A):
+        return _compose(None, adapter, options, A.dtype)
+
+
+def _delta_backward(
+    G: torch.Tensor, adapter: Factors, options: Options, needs: Sequence[bool]
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    (A, B, h), r, terms, scale = adapter, adapter.A.shape[0], options.terms, options.scale
+    need_A, need_B, need_h = needs
+    dA, dB, dh = _gradients(G, adapter, needs)
+    if G.numel() == 0:
+        return dA.zero_(), dB.zero_(), dh.zero_()
+    need_h = need_h and dh.numel() > 0
+    a, b = Factor(A, _dense(h), r, terms), Factor(B.t(), _dense(h), r, terms)
+    with on_device(G):
+        bare = [Factor(B.t(), None, r, terms), Factor(A, None, r, terms)]
+        phi_b, phi_a = _expand_all(bare, G.dtype)
+        sums = []
+        if need_A or need_h:
+            df, dh_out = dA if need_A else None, dh if need_h else None
+            sums += contract(phi_b.t(), G, a, df=df, dh=dh_out, scale=scale)
+        if need_B:
+            sums += contract(phi_a.t(), G.t(), b, df=dB.t(), dh=None, scale=scale)
+        sum_partials(sums)
+    return dA, dB, dh
+
+
+def _compose(
+    base: torch.Tensor | None, adapter: Factors, options: Options, dtype: torch.dtype
+) -> torch.Tensor:
+    """base + ΔW in ``dtype``."""
+
+    (A, B, h), r, terms = adapter, adapter.A.shape[0], options.terms
+    b, a = Factor(B.t(), _dense(h), r, terms), Factor(A, None, r, terms)
+    phi_b, phi_a = _expand_all([b, a], dtype)
+    return compose(base, phi_b, phi_a, scale=options.scale)
+
+
+def _expand_all(
+    factors: Sequence[Factor], dtype: torch.dtype, pending: Sum | None = None
+) -> list[torch.Tensor]:
+    """φ of every factor, two in a launch, the first with a pending sum."""
+
+    phis: list[torch.Tensor] = []
+    for start in range(0, len(factors), 2):
+        phis += expand(factors[start : start + 2], pending, dtype=dtype)
+        pending = None
+    return phis
+
+
+def _start(x: torch.Tensor, base: Base) -> tuple[torch.Tensor, torch.Tensor]:
+    """The base layer's output, and a contiguous tensor for y that may be the same."""
+    if base.weight is not None:
+        y = F.linear(x, base.weight, base.bias).contiguous()
+        return y, y
+    assert base.out is not None
+    return base.out, torch.empty_like(base.out, memory_format=torch.contiguous_format)
+
+
+def _rows_dense(x: torch.Tensor) -> torch.Tensor:
+    """The same values with a unit last stride, as the accumulate kernel assumes."""
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def _dense(h: torch.Tensor | None) -> torch.Tensor | None:
+    return None if h is None else h.contiguous()
+
+
+def _stack(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
+    return tensors[0] if len(tensors) == 1 else torch.cat(list(tensors))
+
+
+def _gradients(
+    like: torch.Tensor, parameters: Sequence[torch.Tensor | None], needs: Sequence[bool]
+) -> list[torch.Tensor]:
+    """Uninitialised contiguous gradients of those parameters that need one; empty tensors else."""
+    return [
+        p.new_empty(p.shape) if need and p is not None else like.new_empty(0)
+        for p, need in zip(parameters, needs, strict=True)
+    ]
+
+
+def _options(terms: str, scale: float, dropout_p: float = 0.0, composed: bool = False) -> Options:
+    plan = "composed" if composed else "factored"
+    return Options(cast(Terms, terms), scale, dropout_p, plan, "triton")
+
+
+@torch.library.custom_op("pera_kernels::forward", mutates_args=())
+def _forward_op(
+    x: torch.Tensor,
+    weight: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    out: torch.Tensor | None,
+    A: torch.Tensor,
+    B: torch.Tensor,
+    h: torch.Tensor | None,
+    seed: torch.Tensor | None,
+    scale: float,
+    terms: str,
+    dropout_p: float,
+    composed: bool,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    options = _options(terms, scale, dropout_p, composed)
+    (y,), (u,) = _forward(x, [Base(weight, bias, out)], [Factors(A, B, h)], seed, options)
+    return y, u
+
+
+@_forward_op.register_fake
+def _(x, weight, bias, out, A, B, h, seed, scale, terms, dropout_p, composed):
+    lanes = padded(A.shape[0] + (0 if h is None else h.shape[0]))
+    u = x.new_empty(0) if composed else x.new_empty(x.shape[0], lanes)
+    return x.new_empty(x.shape[0], B.shape[0]), u
+
+
+@torch.library.custom_op("pera_kernels::backward", mutates_args=())
+def _backward_op(
+    dy: torch.Tensor,
+    x: torch.Tensor | None,
+    u: torch.Tensor | None,
+    weight: torch.Tensor | None,
+    A: torch.Tensor,
+    B: torch.Tensor,
+    h: torch.Tensor | None,
+    seed: torch.Tensor | None,
+    scale: float,
+    terms: str,
+    dropout_p: float,
+    composed: bool,
+    needs: Sequence[bool],
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    options = _options(terms, scale, dropout_p, composed)
+    return _backward(dy, x, u, weight, Factors(A, B, h), seed, options, needs)
+
+
+@_backward_op.register_fake
+def _(dy, x, u, weight, A, B, h, seed, scale, terms, dropout_p, composed, needs):
+    dx = dy.new_empty((dy.shape[0], A.shape[1]) if needs[0] else 0)
+    return (dx, *_gradients(dy, (A, B, h), needs[1:]))
+
+
+@torch.library.custom_op("pera_kernels::delta_forward", mutates_args=())
+def _delta_forward_op(
+    A: torch.Tensor, B: torch.Tensor, h: torch.Tensor | None, scale: float, terms: str
+) -> torch.Tensor:
+    return _delta_forward(Factors(A, B, h), _options(terms, scale))
+
+
+@_delta_forward_op.register_fake
+def _(A, B, h, scale, terms):
+    return A.new_empty(B.shape[0], A.shape[1])
+
+
+@torch.library.custom_op("pera_kernels::delta_backward", mutates_args=())
+def _delta_backward_op(
+    G: torch.Tensor,
+    A: torch.Tensor,
+    B: torch.Tensor,
+    h: torch.Tensor | None,
+    scale: float,
+    terms: str,
+    needs: Sequence[bool],
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    return _delta_backward(G, Factors(A, B, h), _options(terms, scale), needs)
+
+
+@_delta_backward_op.register_fake
+def _(G, A, B, h, scale, terms, needs):
+    return tuple(_gradients(G, (A, B, h), needs))

@@ -1,0 +1,48 @@
+"""What a call is about: the options of an adapter, its tensors, and the base it is added to."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+
+from .terms import Terms
+
+__all__ = ["Base", "Factors", "Options", "tokens"]
+
+
+@dataclass(frozen=True)
+class Options:
+    """What is not a tensor, hashable. Below the public functions ``plan`` and ``backend`` are what
+    was chosen, never ``"auto"``.
+    """
+
+    terms: Terms
+    scale: float
+    dropout_p: float = 0.0
+    plan: str = "factored"
+    backend: str = "torch"
+
+
+class Factors(NamedTuple):
+    """The tensors of one adapter: A ``(R, N)``, B ``(M, R)``, h ``(L,)`` or None."""
+
+    A: torch.Tensor
+    B: torch.Tensor
+    h: torch.Tensor | None
+
+
+class Base(NamedTuple):
+    """What the update is added to: a dense frozen weight ``(M, N)`` with its bias ``(M,)`` or None,
+    or ``out``, the output of a base layer that was called.
+    """
+
+    weight: torch.Tensor | None
+    bias: torch.Tensor | None = None
+    out: torch.Tensor | None = None
+
+
+def tokens(x: torch.Tensor) -> torch.Tensor:
+    """All leading dimensions flattened: ``(..., N)`` -> ``(T, N)``; a view where strides allow."""
+    return x.reshape(x.shape[:-1].numel(), x.shape[-1])
