@@ -32,8 +32,6 @@ from typing import Any
 from unittest import mock
 
 import torch
-from pera_kernels.kernels.launch import NO_DROPOUT, Dropout, Factor, in_memory, recorded
-from pera_kernels.operands import Base, Factors, Options
 
 from pera_kernels.kernels import (
     accumulate,
@@ -45,6 +43,8 @@ from pera_kernels.kernels import (
     reduce,
     tiles,
 )
+from pera_kernels.kernels.launch import NO_DROPOUT, Dropout, Factor, in_memory, recorded
+from pera_kernels.operands import Base, Factors, Options
 from pera_kernels.terms import TERMS, Terms, coefficient_count, lane_count
 
 from .instructions import Count, count, cuobjdump
@@ -329,9 +329,17 @@ def _compile(work: tuple[Launch, Job, str, bool]) -> tuple[Launch, Row]:
     loop = rest = None
     if with_instructions and "cubin" in kernel.asm:
         loop, rest = count(cuobjdump(kernel.asm["cubin"], "-sass"))
-    products = len(TENSOR_CORE.findall(text))
-    measured = (registers, spills, shared, limit, products, "; ".join(problems), loop, rest)
-    return launch, Row(*name, *measured)
+    return launch, Row(
+        *name,
+        registers=registers,
+        spill_bytes=spills,
+        shared_bytes=shared,
+        shared_limit=limit,
+        tensor_core=len(TENSOR_CORE.findall(text)),
+        problem="; ".join(problems),
+        loop=loop,
+        rest=rest,
+    )
 
 
 def _warmed_up(launch: Launch, arch: str) -> Any:

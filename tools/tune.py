@@ -30,12 +30,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from pera_kernels.kernels.launch import Factor, in_memory
-from pera_kernels.kernels.tiles import Tile
-from pera_kernels.testing import judge
 
 from pera_kernels.kernels import accumulate, compose, contract, expand, project, reduce, tiles
+from pera_kernels.kernels.launch import Factor, in_memory
+from pera_kernels.kernels.tiles import Tile
 from pera_kernels.terms import circular_order, coefficient_count, lane_count, pairs
+from pera_kernels.testing import judge
 
 from . import compile_report
 from .compile_report import DTYPES, RANKS, SHARED_LIMIT, Job
