@@ -26,39 +26,31 @@ import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
 import torch
 
-from pera_kernels.kernels import (
-    accumulate,
-    compose,
-    contract,
-    expand,
-    ops,
-    project,
-    reduce,
-    tiles,
-)
-from pera_kernels.kernels.launch import NO_DROPOUT, Dropout, Factor, in_memory, recorded
-from pera_kernels.operands import Base, Factors, Options
-from pera_kernels.terms import TERMS, Terms, coefficient_count, lane_count
+from pera_kernels.kernels import tiles
+from pera_kernels.kernels.launch import recorded
+from pera_kernels.terms import TERMS
 
 from .instructions import Count, count, cuobjdump
+from .problems import DTYPES, FEATURES, TOKENS, VARIANTS, Job, Operands, meta
 
-__all__ = ["Job", "Launch", "Row", "compile_all", "compilers", "distinct", "here", "launches_of"]
+__all__ = [
+    "Launch",
+    "Row",
+    "compile_all",
+    "compilers",
+    "distinct",
+    "here",
+    "launches_of",
+    "tiles_of",
+]
 
 RANKS = (4, 8, 16, 32, 64)
-# Operand dtype and adapter dtype of each kind of row.
-DTYPES: dict[str, tuple[torch.dtype, torch.dtype]] = {
-    "bf16": (torch.bfloat16, torch.bfloat16),
-    "fp16": (torch.float16, torch.float16),
-    "fp32": (torch.float32, torch.float32),
-    "bf16+fp32": (torch.bfloat16, torch.float32),
-}
 # Shared memory a thread block (workgroup) may use, in bytes.
 SHARED_LIMIT = {
     "sm_80": 166912,
@@ -67,7 +59,6 @@ SHARED_LIMIT = {
     "sm_100": 232448,
     "gfx942": 65536,
 }
-TOKENS, FEATURES = 8192, 4096
 # Multiprocessors of a large GPU: an H200.
 PROCESSORS = 132
 TENSOR_CORE = re.compile(r"\b(wgmma\.mma_async|mma\.sync|tcgen05\.mma|v_mfma_\w+)\b")
@@ -75,19 +66,6 @@ TENSOR_CORE = re.compile(r"\b(wgmma\.mma_async|mma\.sync|tcgen05\.mma|v_mfma_\w+
 HALF_DOT = re.compile(
     r"(wgmma\.mma_async|mma\.sync)\S*\.b?f16\.b?f16|tcgen05\.mma\S*kind::f16|v_mfma_f32\w+_b?f16"
 )
-
-
-@dataclass(frozen=True)
-class Job:
-    """What is launched: a variant of a kernel for one adapter on ``T`` tokens, N -> M features."""
-
-    variant: str
-    terms: Terms
-    r: int
-    dtype: str
-    T: int = TOKENS
-    N: int = FEATURES
-    M: int = FEATURES
 
 
 @dataclass(frozen=True)
@@ -120,99 +98,6 @@ class Row:
     rest: Count | None = None
 
 
-def _meta(*shape: int, of: torch.dtype) -> torch.Tensor:
-    return torch.empty(*shape, dtype=of, device="meta")
-
-
-def _adapter(job: Job) -> Factors:
-    dtype, pairs = DTYPES[job.dtype][1], coefficient_count(job.r, job.terms)
-    h = None if job.terms == "linear" else _meta(pairs, of=dtype)
-    return Factors(_meta(job.r, job.N, of=dtype), _meta(job.M, job.r, of=dtype), h)
-
-
-class Launchers:
-    """The launchers on the operands of one job, by the name of the variant."""
-
-    def __init__(self, job: Job) -> None:
-        self.job, self.dtype = job, DTYPES[job.dtype][0]
-        lanes = lane_count(job.r, job.terms)
-        A, B, self.h = self.adapter = _adapter(job)
-        self.x, self.dy = self._half(job.T, job.N), self._half(job.T, job.M)
-        self.u = self._half(job.T, lanes)
-        self.a, self.b = (Factor(f, self.h, job.r, job.terms) for f in (A, B.t()))
-        self.stack = Factor(A.new_empty(3 * job.r, job.N), None, job.r, job.terms, 3)
-        self.phi_a, self.phi_b = self._half(lanes, job.N), self._half(lanes, job.M)
-        self.in_memory = in_memory(self.phi_a)
-        self.dropout = Dropout(0.05, _meta(1, of=torch.int64))
-
-    def _half(self, *shape: int) -> torch.Tensor:
-        return _meta(*shape, of=self.dtype)
-
-    def expand(self) -> None:
-        expand.expand([self.a, self.b], self._sum(), dtype=self.dtype)
-
-    def sum(self) -> None:
-        reduce.sum_partials([self._sum()] * 3)
-
-    def _sum(self) -> reduce.Sum:
-        partials = _meta(4, *self.u.shape, of=torch.float32)
-        return reduce.Sum(partials, self.u, self.u.shape[1], self.u.stride(0))
-
-    def project(self, source: str, dropped: bool = False) -> None:
-        x = self.dy if source == "B" else self.x
-        factor = {"A": self.a, "B": self.b, "A of 3": self.stack, "memory": self.in_memory}[source]
-        out = self._half(self.job.T, factor.lanes)
-        project.project(x, factor, out=out, dropout=self.dropout if dropped else NO_DROPOUT)
-
-    def accumulate(self, dropped: bool = False) -> None:
-        dropout = self.dropout if dropped else NO_DROPOUT
-        accumulate.accumulate(self.x, self.u, self.phi_a, out=self.x, scale=0.5, dropout=dropout)
-
-    def contract(self, what: str) -> None:
-        A, B, h = self.adapter
-        dA, dB, dh = torch.empty_like(A), torch.empty_like(B).t(), h
-        left, x, factor, df, dh, dropout = {
-            "dA": (self.u, self.x, self.a, dA, None, self.dropout),
-            "dB dh": (self.u, self.dy, self.b, dB, dh, NO_DROPOUT),
-            # The gradient G of ΔW on φ(B).
-            "G": (self.phi_b.t(), self._half(self.job.M, self.job.N), self.a, dA, dh, NO_DROPOUT),
-        }[what]
-        contract.contract(left, x, factor, df=df, dh=dh, scale=0.5, dropout=dropout)
-
-    def compose(self) -> None:
-        weight = self._half(self.job.M, self.job.N)
-        compose.compose(weight, self.phi_b, self.phi_a, scale=0.5)
-
-    def layer(self, count: int = 1, composed: bool = False) -> None:
-        """A training step of ``count`` layers on one x, as the autograd boundary calls it."""
-        job, adapters = self.job, [self.adapter] * count
-        options = Options(job.terms, 1.0, plan="composed" if composed else "factored")
-        weight = self._half(job.M, job.N)
-        _, us = ops.forward(self.x, [Base(weight)] * count, adapters, None, options)
-        u = None if composed else us[-1]
-        needs = [True, True, True, self.h is not None]
-        ops.backward(self.dy, self.x, u, weight, self.adapter, None, options, needs)
-
-
-VARIANTS = {
-    "expand": Launchers.expand,
-    "sum": Launchers.sum,
-    "project A": lambda own: own.project("A"),
-    "project A dropout": lambda own: own.project("A", dropped=True),
-    "project A of 3": lambda own: own.project("A of 3"),
-    "project B": lambda own: own.project("B"),
-    "project expanded": lambda own: own.project("memory"),
-    "project expanded dropout": lambda own: own.project("memory", dropped=True),
-    "accumulate": Launchers.accumulate,
-    "accumulate dropout": lambda own: own.accumulate(dropped=True),
-    "contract dA dropout": lambda own: own.contract("dA"),
-    "contract dB dh": lambda own: own.contract("dB dh"),
-    "contract G dA dh": lambda own: own.contract("G"),
-    "compose": Launchers.compose,
-    "layer": Launchers.layer,
-    "layer of 3": lambda own: own.layer(3),
-    "layer composed": lambda own: own.layer(composed=True),
-}
 # What a report shows; layers launch what the others show, at their own splits.
 REPORTED = tuple(name for name in VARIANTS if not name.startswith("layer"))
 
@@ -231,10 +116,10 @@ def tiles_of(arch: str, processors: int = PROCESSORS) -> Iterator[None]:
         yield
 
 
-def launches_of(call: Any) -> list[Launch]:
-    """What a call launches on tensors of the device "meta"."""
+def launches_of(operands: Operands) -> list[Launch]:
+    """What a job launches, on tensors of the device "meta"."""
     with recorded() as calls:
-        call()
+        operands.call()
     return [_specialised(own.kernel, own.arguments) for own in calls]
 
 
@@ -264,7 +149,7 @@ def distinct(jobs: Iterable[Job], arch: str, processors: int = PROCESSORS) -> di
     found: dict[Launch, Job] = {}
     with tiles_of(arch, processors):
         for job in jobs:
-            for launch in launches_of(partial(VARIANTS[job.variant], Launchers(job))):
+            for launch in launches_of(Operands(job)):
                 found.setdefault(launch, job)
     return found
 
@@ -345,7 +230,7 @@ def _compile(work: tuple[Launch, Job, str, bool]) -> tuple[Launch, Row]:
 def _warmed_up(launch: Launch, arch: str) -> Any:
     _Driver.arch = arch
     arguments = {
-        name: _meta(0, of=value) if isinstance(value, torch.dtype) else value
+        name: meta(0, of=value) if isinstance(value, torch.dtype) else value
         for name, value in launch.arguments
     }
     kernel = getattr(importlib.import_module(launch.module), launch.kernel)

@@ -24,34 +24,33 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from pera_kernels.kernels import accumulate, compose, contract, expand, project, reduce, tiles
-from pera_kernels.kernels.launch import Factor, in_memory
+from pera_kernels.kernels import tiles
 from pera_kernels.kernels.tiles import Tile
-from pera_kernels.terms import circular_order, coefficient_count, lane_count, pairs
 from pera_kernels.testing import judge
 
 from . import compile_report
-from .compile_report import DTYPES, RANKS, SHARED_LIMIT, Job
+from .compile_report import RANKS, SHARED_LIMIT
 from .finetune.measure import git_commit
+from .problems import DTYPES, Job, Operands, expected, random_on
 
 # The dtypes of the compile report that a class of tiles serves; candidates are timed on the first.
 CLASS_DTYPES = {"half": ("bf16", "fp16"), "mixed": ("bf16+fp32",), "single": ("fp32",)}
-TOKENS = {
-    "project": (4096, 512),
-    "project_expanded": (16384,),
-    "accumulate": (16384, 4096, 512),
-    "contract": (16384, 4096, 512),
-    "expand": (1,),
-    "compose": (1,),
+# What each kernel is timed on, and at how many tokens: those at which a layer launches it.
+PROBLEMS: dict[str, tuple[tuple[str, ...], tuple[int, ...]]] = {
+    "project": (("project A", "project B"), (4096, 512)),
+    "project_expanded": (("project expanded",), (16384,)),
+    "accumulate": (("accumulate",), (16384, 4096, 512)),
+    "contract": (("contract dA", "contract dB dh"), (16384, 4096, 512)),
+    "expand": (("expand",), (16,)),
+    "compose": (("compose",), (16,)),
 }
-SCALE = 0.5
 # A tile that takes so much longer than the best of its problem has no further turn there.
 BEHIND = 1.15
 BETTER, WORSE = 0.99, 1.1
@@ -64,105 +63,10 @@ GRIDS: dict[str, tuple[tuple[int, ...], ...]] = {
     "contract": ((32, 64, 128), (32, 64, 128), (32, 64), _WARPS, _STAGES, (1, 2, 3, 4, 5)),
     "compose": ((64, 128, 256), (64, 128, 256), (32, 64), _WARPS, _STAGES, _ONE),
 }
-Outputs = dict[str, torch.Tensor]
 
 
 class WrongTile(Exception):
     """The present tile of a kernel fails the numeric rule: nothing can be compared with it."""
-
-
-@dataclass(frozen=True)
-class Problem:
-    """A kernel on ``T`` tokens; ``layout`` is that of its factor: rows of A, or B transposed."""
-
-    kernel: str
-    dtype: str
-    r: int
-    T: int
-    features: int = 4096
-    layout: str = "A"
-
-
-class Operands:
-    """Random tensors of one problem; ``call`` launches the kernel."""
-
-    def __init__(self, problem: Problem, device: torch.device | str, seed: int = 0) -> None:
-        self.problem, self.device, self.seed = problem, torch.device(device), seed
-        dtype, own = DTYPES[problem.dtype]
-        r, T, N = problem.r, problem.T, problem.features
-        self.x, self.u = (
-            self._normal(T, N, of=dtype),
-            self._normal(T, lane_count(r, "full"), of=dtype),
-        )
-        self.h = h = self._normal(coefficient_count(r, "full"), of=own)
-        A, B = (self._normal(r, N, of=own) * SCALE, self._normal(N, r, of=own).t() * SCALE)
-        rows = A if problem.layout == "A" else self._normal(N, r, of=own).t() * SCALE
-        self.factor = Factor(rows, h, r, "full")
-        self.a, self.b = Factor(A, None, r, "full"), Factor(B, h, r, "full")
-        self.phi, self.phi_b = (self._normal(self.u.shape[1], N, of=dtype) for _ in range(2))
-
-    def _normal(self, *shape: int, of: torch.dtype) -> torch.Tensor:
-        if self.device.type == "meta":
-            return torch.empty(*shape, dtype=of, device=self.device)
-        self.seed += 1000
-        generator = torch.Generator(self.device).manual_seed(self.seed)
-        return torch.randn(*shape, generator=generator, device=self.device).to(of)
-
-    def call(self) -> Outputs:
-        x, u, name = self.x, self.u, self.problem.kernel
-        if name.startswith("project"):
-            factor = (
-                in_memory(self.phi) if name == "project_expanded" else replace(self.factor, h=None)
-            )
-            out = torch.empty_like(u)
-            pending = project.project(x, factor, out=out, scale=SCALE)
-            reduce.sum_partials([] if pending is None else [pending])
-            return {"u": out}
-        if name == "accumulate":
-            y = torch.empty_like(x)
-            accumulate.accumulate(x, u, self.phi, out=y, scale=SCALE)
-            return {"y": y}
-        if name == "contract":
-            df, dh = torch.empty_like(self.factor.rows), torch.empty_like(self.h)
-            reduce.sum_partials(contract.contract(u, x, self.factor, df=df, dh=dh, scale=SCALE))
-            return {"df": df, "dh": dh}
-        if name == "expand":
-            return dict(
-                zip(("phi_b", "phi_a"), expand.expand([self.b, self.a], dtype=x.dtype), strict=True)
-            )
-        return {"w": compose.compose(None, self.phi_b, self.phi, scale=SCALE)}
-
-    def expected(self, dtype: torch.dtype) -> Outputs:
-        """The outputs by the formula, in ``dtype``, from the same rounded operands."""
-        x, u, phi, rows, h = (
-            t.to(dtype) for t in (self.x, self.u, self.phi, self.factor.rows, self.h)
-        )
-        name, r = self.problem.kernel, self.problem.r
-        if name == "project_expanded":
-            return {"u": SCALE * x @ phi.t()}
-        if name == "project":
-            return {"u": SCALE * x @ _expansion(rows, None, r).t()}
-        if name == "accumulate":
-            return {"y": x + SCALE * u @ phi}
-        if name == "expand":
-            phi_b, phi_a = _expansion(self.b.rows.to(dtype), h, r), self.a.rows.to(dtype)
-            return {"phi_b": phi_b, "phi_a": _expansion(phi_a, None, r)}
-        if name == "compose":
-            return {"w": SCALE * self.phi_b.to(dtype).t() @ phi}
-        rows, h = rows.requires_grad_(), h.requires_grad_()
-        df, dh = torch.autograd.grad(_expansion(rows, h, r), (rows, h), SCALE * u.t() @ x)
-        return {"df": df, "dh": dh}
-
-
-def _expansion(rows: torch.Tensor, h: torch.Tensor | None, r: int) -> torch.Tensor:
-    """c ∘ φ ``(lanes, N)`` in circular order, unused lanes zero, from rows ``(r, N)``."""
-    order = circular_order(r, "full", rows.device)
-    first, second = torch.tensor(pairs(r, "full"), device=rows.device)[order].unbind(1)
-    products = rows[first] * rows[second]
-    if h is not None:
-        products = products * h.to(products)[order].unsqueeze(1)
-    phi = torch.cat([rows, products])
-    return torch.nn.functional.pad(phi, (0, 0, 0, lane_count(r, "full") - phi.shape[0]))
 
 
 def candidates(kernel: str, kind: str, present: Tile, shared_limit: int, most: int) -> list[Tile]:
@@ -244,7 +148,7 @@ class Sweep:
         for problem in problems:
             if judged and time.monotonic() > end:
                 break
-            times = self._timed(problem, kind, alive, end)
+            times = self._timed(kernel, kind, problem, alive, end)
             ratios = {
                 tile: statistics.median(own) / statistics.median(times[present])
                 for tile, own in times.items()
@@ -276,30 +180,30 @@ class Sweep:
         self.append(kernel, kind, present, "chosen", ratio=1.0, problems=judged)
         return present
 
-    def _problems(self, kernel: str, kind: str) -> list[Problem]:
-        layouts = "AB" if kernel in ("project", "contract") else "A"
-        axes = itertools.product(TOKENS[kernel], self.given.ranks, layouts)
-        dtype = CLASS_DTYPES[kind][0]
-        found = [Problem(kernel, dtype, r, T, layout=layout) for T, r, layout in axes]
+    def _problems(self, kernel: str, kind: str) -> list[Job]:
+        variants, tokens = PROBLEMS[kernel]
+        dtype, features = CLASS_DTYPES[kind][0], 4096
         if self.given.dry:
-            found = [replace(problem, T=min(problem.T, 40), features=96) for problem in found]
-        return list(dict.fromkeys(found))
+            tokens, features = (40,), 96
+        return [
+            Job(variant, "full", r, dtype, T, features, features)
+            for T, r, variant in itertools.product(tokens, self.given.ranks, variants)
+        ]
 
     def _compiled(
-        self, kernel: str, kind: str, wanted: list[Tile], problems: list[Problem]
+        self, kernel: str, kind: str, wanted: list[Tile], problems: list[Job]
     ) -> list[Tile]:
         """Those that compile without spills, fit and use tensor cores; the present one stays."""
         if self.pool is None:
             return wanted
         work, of_tile = [], []
         for tile, problem in itertools.product(wanted, problems):
-            job = Job(kernel, "full", problem.r, problem.dtype, problem.T)
             with (
                 compile_report.tiles_of(*self.target),
                 using(self.table, kernel, kind, tile),
             ):
-                launches = compile_report.launches_of(Operands(problem, "meta").call)
-            work += [(launch, job, self.arch) for launch in launches]
+                launches = compile_report.launches_of(Operands(problem, finish=True))
+            work += [(launch, problem, self.arch) for launch in launches]
             of_tile += [tile] * len(launches)
         bad: dict[Tile, str] = {}
         for tile, (_, row) in zip(
@@ -312,15 +216,15 @@ class Sweep:
         return [tile for tile in wanted if tile not in bad or tile == wanted[0]]
 
     def _timed(
-        self, problem: Problem, kind: str, alive: list[Tile], end: float
+        self, kernel: str, kind: str, problem: Job, alive: list[Tile], end: float
     ) -> dict[Tile, list[float]]:
         """Milliseconds by tile and turn, of those that pass the numeric rule on this problem."""
         calls = self._calls(problem)
-        truth, reference = (calls[0].expected(dtype) for dtype in (torch.float64, torch.float32))
+        truth, reference = (expected(calls[0], dtype) for dtype in (torch.float64, torch.float32))
         dtype = DTYPES[problem.dtype][0]
         times: dict[Tile, list[float]] = {}
         for tile in alive:
-            with using(self.table, problem.kernel, kind, tile):
+            with using(self.table, kernel, kind, tile):
                 got = calls[0].call()
             verdicts = [
                 judge(name, own, reference[name].to(own.dtype), truth[name], dtype)
@@ -332,15 +236,13 @@ class Sweep:
             elif tile == alive[0]:
                 raise WrongTile(f"the present tile is wrong on {problem}: {wrong}")
             else:
-                self.append(
-                    problem.kernel, kind, tile, "wrong", problem=asdict(problem), reason=wrong
-                )
+                self.append(kernel, kind, tile, "wrong", problem=asdict(problem), reason=wrong)
         del truth, reference
         turns, shuffle = list(times), random.Random(0).shuffle
         for number in range(self.given.rounds):
             shuffle(turns)
             for tile in turns:
-                with using(self.table, problem.kernel, kind, tile):
+                with using(self.table, kernel, kind, tile):
                     times[tile].append(self._milliseconds(calls))
             best = min(statistics.median(own) for own in times.values() if len(own) > number)
             turns = [
@@ -350,14 +252,15 @@ class Sweep:
                 break
         return times
 
-    def _calls(self, problem: Problem) -> list[Operands]:
+    def _calls(self, problem: Job) -> list[Operands]:
         """Operands in as many places as it takes to miss the L2."""
-        first = Operands(problem, self.device)
+        first = Operands(problem, random_on(self.device, 0), finish=True)
         if self.pool is None:
             return [first]
         cache = torch.cuda.get_device_properties(self.device).L2_cache_size
         count = math.ceil(3 * cache / (first.x.nbytes + first.u.nbytes))
-        return [first, *(Operands(problem, self.device, seed) for seed in range(1, min(count, 8)))]
+        more = (random_on(self.device, seed) for seed in range(1, min(count, 8)))
+        return [first, *(Operands(problem, draw, finish=True) for draw in more)]
 
     def _milliseconds(self, calls: Sequence[Operands]) -> float:
         def all_of_them() -> None:
