@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import importlib.util
-import os
 from types import ModuleType
 
 import torch
 
 from .checks import check_backend
+from .kernels import interpreting
 
-__all__ = ["BACKEND_DTYPES", "implementation", "interpreting", "resolve", "unavailable"]
+__all__ = ["BACKEND_DTYPES", "implementation", "resolve", "unavailable"]
 
 _HALF_AND_SINGLE = (torch.float32, torch.bfloat16, torch.float16)
 BACKEND_DTYPES: dict[str, tuple[torch.dtype, ...]] = {
@@ -18,11 +18,6 @@ BACKEND_DTYPES: dict[str, tuple[torch.dtype, ...]] = {
     "torch": (*_HALF_AND_SINGLE, torch.float64),
     "reference": (*_HALF_AND_SINGLE, torch.float64),
 }
-
-
-def interpreting() -> bool:
-    """Whether Triton was told to interpret kernels, which lets them run on CPU tensors."""
-    return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes", "y")
 
 
 def _installed(package: str) -> bool:

@@ -164,13 +164,20 @@ def expand_factors(
     return phi_A.to(A.dtype), (scale * phi_B).to(B.dtype)
 
 
+def autocast_dtype(device_type: str) -> torch.dtype | None:
+    """What autocast casts to on such devices; None where it is off ("meta" has none)."""
+    if device_type == "meta" or not torch.is_autocast_enabled(device_type):
+        return None
+    return torch.get_autocast_dtype(device_type)
+
+
 def _as_autocast_says(x: torch.Tensor, *bases: Base) -> tuple[torch.Tensor, Base]:
     """x and the base's output in the dtype that autocast asks for; float64 is left alone, as
     PyTorch's own autocast does. Without autocast all dtypes must agree.
     """
     base = bases[0]
-    if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
-        dtype = torch.get_autocast_dtype(x.device.type)
+    dtype = autocast_dtype(x.device.type)
+    if dtype is not None and x.dtype != torch.float64:
         return x.to(dtype), base._replace(out=None if base.out is None else base.out.to(dtype))
     for own in bases:
         checks.check_same_dtype(x, own)
@@ -212,7 +219,7 @@ def _chosen(
 def _without_autocast(device_type: str) -> contextlib.AbstractContextManager[object]:
     """Inside, operations keep the dtypes they are given."""
     # Entering torch.autocast costs several microseconds: not where there is nothing to turn off.
-    if torch.is_autocast_enabled(device_type):
+    if autocast_dtype(device_type) is not None:
         return torch.autocast(device_type, enabled=False)
     return contextlib.nullcontext()
 

@@ -50,7 +50,7 @@ class AdapterOptions:
 class SharedInputs(Protocol):
     """Layers that share their input with others: see ``pera_kernels.adapters.shared_inputs``."""
 
-    def take(self, layer: nn.Module, x: torch.Tensor) -> torch.Tensor | None:
+    def take(self, layer: Any, x: torch.Tensor) -> torch.Tensor | None:
         """The output of ``layer``, computed together with others; None to compute it alone."""
 
 

@@ -2,9 +2,9 @@
 
 Truth is the float64 reference on the same rounded inputs. The maximum and the RMS error of a
 candidate must each be at most twice the error of the plain reference run in the working dtype, plus
-a floor: four ulps of the output's largest value for the maximum, one of its RMS value for the RMS. The ratio of two errors of
-a handful of numbers says little, so a case with few coefficients is judged on several draws of its
-inputs pooled.
+a floor: four ulps of the output's largest value for the maximum, one of its RMS value for the
+RMS. The ratio of two errors of a handful of numbers says little, so a case with few coefficients is
+judged on several draws of its inputs pooled.
 """
 
 from __future__ import annotations

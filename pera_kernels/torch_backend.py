@@ -149,9 +149,8 @@ def coefficients(h: torch.Tensor | None, R: int, terms: Terms) -> torch.Tensor |
     """c = (1, h) ``(K,)`` in circular order and at least float32; None where there is no h."""
     if h is None:
         return None
-    c = h.new_ones(R + h.shape[0], dtype=_at_least_float32(h.dtype))
-    c[R:] = h.index_select(0, circular_order(R, terms, h.device))
-    return c
+    h = h.to(_at_least_float32(h.dtype))
+    return torch.cat([h.new_ones(R), h.index_select(0, circular_order(R, terms, h.device))])
 
 
 def expand(
@@ -166,13 +165,12 @@ def expand(
         return factor.to(dtype)
     # A single product of equal dtypes is rounded once by PyTorch itself.
     work = dtype if factor.dtype == dtype and c is None else _at_least_float32(factor.dtype)
-    phi = factor.new_empty((R * (1 + offsets), C), dtype=work)
-    rows = phi[:R].copy_(factor)
-    # Row l of partners[d] is row (l + d) mod R.
+    rows = factor.to(work)
+    # The partner of row l at the circular offset d is row (l + d) mod R.
     first = first_offset(terms)
-    wrapped = torch.cat([rows[first:], rows[: first + offsets - 1]])
-    partners = wrapped.unfold(0, R, 1).transpose(1, 2)
-    torch.mul(rows, partners, out=phi[R:].view(offsets, R, C))
+    wrapped = torch.cat([rows, rows[: first + offsets - 1]])
+    phi = torch.cat([rows, *(wrapped[d : d + R] for d in range(first, first + offsets))])
+    phi[R:].view(offsets, R, C).mul_(wrapped[:R])
     # The last offset of an even rank has half as many pairs.
     phi = phi[: expanded_rank(R, terms)]
     return (phi if c is None else phi.mul_(c.unsqueeze(1))).to(dtype)

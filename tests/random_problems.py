@@ -18,9 +18,9 @@ from hypothesis import strategies as st
 
 import pera_kernels as pk
 from benchmarks.results import commit
+from pera_kernels import testing as numerics
 from pera_kernels.dropout import draw_seed, keep_mask
 from pera_kernels.terms import TERMS, coefficient_count, pairs
-from pera_kernels.verify import numerics
 
 RESULTS = Path(__file__).parent / "results" / "properties.jsonl"
 

@@ -7,9 +7,9 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 import pera_kernels as pk
+from pera_kernels import testing as numerics
 from pera_kernels.terms import lane_count
-from pera_kernels.verify import numerics
-from pera_kernels.verify.numerics import Case
+from pera_kernels.testing import Case
 
 T, N, M, R = 21, 40, 24, 4
 

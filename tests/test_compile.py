@@ -6,11 +6,10 @@ import pytest
 import torch
 
 import pera_kernels as pk
-from pera_kernels import ops
+from pera_kernels import testing as numerics
 from pera_kernels.backends import unavailable
 from pera_kernels.terms import lane_count
-from pera_kernels.verify import numerics
-from pera_kernels.verify.numerics import Case
+from pera_kernels.testing import Case
 
 COMPILERS = ["aot_eager", "inductor"]
 
@@ -76,10 +75,12 @@ def test_dynamic_number_of_tokens(backend, device):
 def arguments(device):
     if (reason := unavailable("triton", device)) is not None:
         pytest.skip(reason)
+    from pera_kernels.kernels import ops
+
     p = numerics.make_inputs(Case(r=3, T=9, N=20, M=12), device)
     seed = torch.tensor([5], device=device)
     u = torch.randn(9, lane_count(3), device=device)
-    return p, seed, u
+    return ops, p, seed, u
 
 
 def check(op, *arguments):
@@ -88,31 +89,31 @@ def check(op, *arguments):
 
 @pytest.mark.parametrize("dropout_p", [0.0, 0.3])
 def test_opcheck_linear_forward(dropout_p, arguments):
-    p, seed, _ = arguments
+    ops, p, seed, _ = arguments
     rest = (p.A, p.B, p.h, seed if dropout_p else None, 0.5, "full", dropout_p, False)
-    check(ops.linear_forward, p.x, p.weight, p.bias, None, *rest)
-    check(ops.linear_forward, p.x, None, None, torch.randn_like(p.dy), *rest)
+    check(ops.forward_op, p.x, p.weight, p.bias, None, *rest)
+    check(ops.forward_op, p.x, None, None, torch.randn_like(p.dy), *rest)
 
 
 def test_opcheck_composed(arguments):
-    p, _, _ = arguments
+    ops, p, _, _ = arguments
     rest = (p.A, p.B, p.h, None, 0.5, "full", 0.0, True)
-    check(ops.linear_forward, p.x, p.weight, p.bias, None, *rest)
-    check(ops.linear_backward, p.dy, p.x, None, p.weight, *rest, [True] * 4)
+    check(ops.forward_op, p.x, p.weight, p.bias, None, *rest)
+    check(ops.backward_op, p.dy, p.x, None, p.weight, *rest, [True] * 4)
 
 
 @pytest.mark.parametrize(
     "needs", [[True] * 4, [False, True, False, False], [True, False, True, True]]
 )
 def test_opcheck_linear_backward(needs, arguments):
-    p, seed, u = arguments
+    ops, p, seed, u = arguments
     rest = (p.A, p.B, p.h, seed, 0.5, "full", 0.3, False, needs)
-    check(ops.linear_backward, p.dy, p.x, u, p.weight, *rest)
-    check(ops.linear_backward, p.dy, p.x, u, None, *rest)
+    check(ops.backward_op, p.dy, p.x, u, p.weight, *rest)
+    check(ops.backward_op, p.dy, p.x, u, None, *rest)
 
 
 def test_opcheck_delta(arguments):
-    p, _, _ = arguments
-    check(ops.delta_forward, p.A, p.B, p.h, 0.5, "full")
+    ops, p, _, _ = arguments
+    check(ops.delta_forward_op, p.A, p.B, p.h, 0.5, "full")
     G = torch.randn_like(p.weight)
-    check(ops.delta_backward, G, p.A, p.B, p.h, 0.5, "full", [True] * 3)
+    check(ops.delta_backward_op, G, p.A, p.B, p.h, 0.5, "full", [True] * 3)

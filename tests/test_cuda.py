@@ -4,8 +4,8 @@ import pytest
 import torch
 
 import pera_kernels as pk
-from pera_kernels.verify import numerics
-from pera_kernels.verify.numerics import Case
+from pera_kernels import testing as numerics
+from pera_kernels.testing import Case
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 

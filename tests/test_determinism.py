@@ -17,9 +17,9 @@ import pytest
 import torch
 
 import pera_kernels as pk
+from pera_kernels import testing as numerics
 from pera_kernels.backends import unavailable
-from pera_kernels.verify import numerics
-from pera_kernels.verify.numerics import Case
+from pera_kernels.testing import Case
 
 BF16, F16 = torch.bfloat16, torch.float16
 RUNS = 100

@@ -12,11 +12,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from pera_kernels.checkpoint import read_adapter
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import pera_kernels as pk
-from pera_kernels.checkpoint import read_adapter
 from tests.adapted import plain_model, state, trained
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -9,11 +9,11 @@ import torch
 from torch.overrides import TorchFunctionMode
 
 import pera_kernels as pk
+from pera_kernels import testing as numerics
 from pera_kernels.backends import unavailable
 from pera_kernels.dropout import draw_seed
 from pera_kernels.terms import TERMS, lane_count
-from pera_kernels.verify import numerics
-from pera_kernels.verify.numerics import Case
+from pera_kernels.testing import Case
 
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
 # A NaN that no arithmetic makes.

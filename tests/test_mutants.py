@@ -10,10 +10,10 @@ from torch import nn
 
 import pera_kernels as pk
 from pera_kernels import configs, lean_cache, lean_factors
+from pera_kernels import testing as numerics
 from pera_kernels.dropout import keep_mask
 from pera_kernels.terms import circular_order, lane_count
-from pera_kernels.verify import numerics
-from pera_kernels.verify.numerics import Case
+from pera_kernels.testing import Case
 from tests.adapted import plain_model, trained
 
 

@@ -6,10 +6,10 @@ import pytest
 import torch
 
 import pera_kernels as pk
+from pera_kernels import testing as numerics
 from pera_kernels.backends import unavailable
 from pera_kernels.terms import TERMS
-from pera_kernels.verify import numerics
-from pera_kernels.verify.numerics import Case
+from pera_kernels.testing import Case
 
 RANKS = (1, 2, 3, 4, 5, 7, 8, 12, 16, 20, 24, 32, 64)
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)

@@ -646,3 +646,52 @@ def test_bitwise_logits_of_the_exported_adapter(tmp_path):
 def test_parameters_are_no_targets():
     with pytest.raises(TypeError, match="target_parameters"):
         config(target_parameters=["experts.gate_up_proj"])
+
+
+@pytest.fixture
+def together(monkeypatch):
+    """How many layers each joint evaluation computed."""
+    from pera_kernels import functional
+
+    sizes = []
+    original = functional.apply_together
+
+    def counted(x, bases, adapters, options):
+        sizes.append(len(bases))
+        return original(x, bases, adapters, options)
+
+    monkeypatch.setattr(functional, "apply_together", counted)
+    return sizes
+
+
+def test_projections_share_their_input(together):
+    """In the forward of every layer q, k and v read x once, gate and up likewise."""
+    targets = ["q_proj", "k_proj", "v_proj", "gate_proj", "up_proj"]
+    model = adapted(target_modules=targets)
+    got = logits(model)
+    assert together == [3, 2] * 2
+    pk.shared_inputs(model, ())
+    torch.testing.assert_close(logits(model), got)
+    pk.shared_inputs(model)
+    with model.disable_adapter():
+        logits(model)
+    model.add_adapter("other", config(target_modules=targets))
+    model.base_model.set_adapter(["default", "other"])
+    logits(model)
+    assert together == [3, 2] * 2
+    unloaded = model.unload()
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in unloaded.modules())
+
+
+def test_shared_inputs_train_as_layers_apart(together):
+    model = adapted(target_modules=["q_proj", "k_proj", "v_proj"]).train()
+    gradients = []
+    for share in (True, False):
+        if not share:
+            pk.shared_inputs(model, ())
+        model.zero_grad()
+        model(input_ids=IDS, labels=IDS).loss.backward()
+        gradients.append({n: p.grad for n, p in model.named_parameters() if p.grad is not None})
+    assert together == [3] * 2 and len(gradients[0]) == len(gradients[1]) == 18
+    for name, gradient in gradients[0].items():
+        torch.testing.assert_close(gradient, gradients[1][name])

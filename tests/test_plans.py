@@ -6,14 +6,16 @@ import pytest
 import torch
 
 import pera_kernels as pk
-from pera_kernels import lean, plans
-from pera_kernels.verify.numerics import Case, check, make_inputs, run
+from pera_kernels import torch_backend
+from pera_kernels.testing import Case, check, make_inputs, run
 
 
 @pytest.fixture(params=["on chip", "in memory"])
-def way(request, monkeypatch):
+def way(request, triton_backend, monkeypatch):
     limit = 0 if request.param == "in memory" else 10**9
-    monkeypatch.setattr(plans, "EXPANDED_SOURCE_TOKENS", limit)
+    from pera_kernels.kernels import ops
+
+    monkeypatch.setattr(ops, "EXPANDED_TOKENS", limit)
     return request.param
 
 
@@ -48,13 +50,13 @@ def test_every_way(way, terms, r, T, dtype, adapter_dtype, dropout_p, triton_bac
 def composed_calls(monkeypatch):
     """For every forward of the torch backend, whether it composed."""
     seen = []
-    original = lean.linear_forward
+    original = torch_backend.forward
 
-    def recorded(*arguments, **options):
-        seen.append(arguments[-1])
-        return original(*arguments, **options)
+    def recorded(*arguments):
+        seen.append(arguments[-1].plan == "composed")
+        return original(*arguments)
 
-    monkeypatch.setattr(lean, "linear_forward", recorded)
+    monkeypatch.setattr(torch_backend, "forward", recorded)
     return seen
 
 
@@ -96,13 +98,15 @@ def test_auto_stays_factored(change, composed_calls):
     assert composed_calls and not any(composed_calls)
 
 
-def test_auto_composes_earlier_where_nothing_is_trained(composed_calls):
+@pytest.mark.parametrize("T", [40, 400])
+def test_auto_does_not_ask_for_gradients(T, composed_calls):
+    """The plan depends on shapes, dtypes and device alone: a forward always has the same bits."""
     layer = pk.PeraLinear(64, 64, 16, backend="torch")
     torch.nn.init.ones_(layer.pera_h)
-    x = torch.randn(64, 64)
+    x = torch.randn(T, 64)
     layer(x)
     with torch.no_grad():
         layer(x)
     layer.requires_grad_(False)
     layer(x.requires_grad_())
-    assert composed_calls == [False, True, True]
+    assert composed_calls == [T == 400] * 3

@@ -430,8 +430,9 @@ def _inject(model: nn.Module, adapter: AdapterFile, strict: bool, backend: str) 
     options = {}
     for name in fitting:
         dtype = _adapter_dtype(modules[name], adapter.tensors[name]["pera_A"].dtype)
-        own = adapter.options[name]
-        options[name] = AdapterOptions(**own, adapter_dtype=dtype, backend=backend)
+        options[name] = AdapterOptions(
+            **adapter.options[name], adapter_dtype=dtype, backend=backend
+        )
     adopt(model, named_places(model, [modules[name] for name in fitting]), options)
     _copy(
         [

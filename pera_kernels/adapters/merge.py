@@ -12,6 +12,7 @@ from torch import nn
 
 from ..module import PeraLinear, PeraOverModule
 from .inject import adapted_modules, named_places
+from .shared_inputs import shared_inputs
 
 __all__ = ["merge", "unload", "unmerge"]
 
@@ -200,4 +201,5 @@ def unload(model: ModelT, *, merge: bool = True, progress: Progress = iter) -> M
         unmerge(model)
     for name, parent, layer in named_places(model, layers.values()):
         setattr(parent, name.rpartition(".")[2], plain[id(layer)])
+    shared_inputs(model, ())
     return model

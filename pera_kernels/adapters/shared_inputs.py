@@ -9,7 +9,7 @@ from __future__ import annotations
 import sys
 import threading
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import nn
@@ -39,16 +39,22 @@ class _Waiting(NamedTuple):
     finish: Callable[[], torch.Tensor]
 
 
+class _Member(Protocol):
+    """A layer that may be computed together with others: ``PeraLinear``, or PEFT's layer."""
+
+    def shared_call(self, x: torch.Tensor) -> SharedCall | None: ...
+
+
 class _Call:
     """One call of the parent's forward: the first member that is asked for computes all."""
 
-    def __init__(self, members: list[nn.Module]) -> None:
+    def __init__(self, members: Sequence[_Member]) -> None:
         self.members = members
         self.computed = False
         self.x: torch.Tensor | None = None
-        self.waiting: dict[nn.Module, _Waiting] = {}
+        self.waiting: dict[_Member, _Waiting] = {}
 
-    def compute(self, layer: nn.Module, x: torch.Tensor) -> None:
+    def compute(self, layer: _Member, x: torch.Tensor) -> None:
         """Compute the outputs of ``layer`` and of those that can be computed with it."""
         self.computed = True
         calls = {m: call for m in self.members if (call := m.shared_call(x)) is not None}
@@ -69,7 +75,7 @@ class _Call:
             for (member, call), output in zip(together.items(), outputs, strict=True)
         }
 
-    def take(self, layer: nn.Module, x: torch.Tensor) -> torch.Tensor | None:
+    def take(self, layer: _Member, x: torch.Tensor) -> torch.Tensor | None:
         """The output of ``layer``, if it waits for this very x and nothing has changed since."""
         waiting = self.waiting.get(layer)
         if waiting is None or x is not self.x:
@@ -95,12 +101,11 @@ def _kind(call: SharedCall) -> tuple[Any, ...]:
 
 def _state(x: torch.Tensor, call: SharedCall) -> tuple[Any, ...]:
     """What must be the same when an output is asked for as when it was computed."""
-    device_type = x.device.type
     return (
         x._version,
         torch.is_grad_enabled(),
         torch.is_inference_mode_enabled(),
-        torch.is_autocast_enabled(device_type) and torch.get_autocast_dtype(device_type),
+        functional.autocast_dtype(x.device.type),
         [(id(t), t._version) for t in _tensors(call)],
     )
 
@@ -144,7 +149,7 @@ class SharedInputs:
         if call is not None and call.waiting and sys.exc_info()[1] is None:
             self.dissolved = True
 
-    def take(self, layer: nn.Module, x: torch.Tensor) -> torch.Tensor | None:
+    def take(self, layer: _Member, x: torch.Tensor) -> torch.Tensor | None:
         """The output of ``layer``, computed together with others; None to compute it alone."""
         if torch.compiler.is_compiling() or (call := self._thread.call) is None:
             return None

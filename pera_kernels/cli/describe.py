@@ -11,7 +11,8 @@ import torch
 from .. import __version__, backends, reference
 from ..adapters.checkpoint import AdapterFile
 from ..adapters.export import vllm_max_lora_rank
-from ..kernels import tiles
+from ..checks import BACKENDS
+from ..kernels import interpreting, tiles
 from ..module import quadratic_share
 from ..terms import expanded_rank
 
@@ -32,7 +33,7 @@ def installation() -> dict[str, Any]:
     # A broken driver makes torch warn and say no.
     gpu = torch.cuda.is_available()
     device = torch.device("cuda" if gpu else "cpu")
-    names = [name for name in backends.BACKENDS if name != "auto"]
+    names = [name for name in BACKENDS if name != "auto"]
     reasons = {name: backends.unavailable(name, device) for name in names}
     return {
         "pera_kernels": __version__,
@@ -44,7 +45,7 @@ def installation() -> dict[str, Any]:
         "auto": backends.resolve("auto", device, (torch.float32,)),
         "backends": reasons,
         "tile_table": tiles.architecture(device),
-        "interpreting": backends.interpreting(),
+        "interpreting": interpreting(),
     }
 
 

@@ -49,7 +49,7 @@ def forward(
     if len(bases) == 1 and _traced(x):
         (base,), (adapter,), o = bases, adapters, options
         composed = o.plan == "composed"
-        y, u = _forward_op(x, *base, *adapter, seed, o.scale, o.terms, o.dropout_p, composed)
+        y, u = forward_op(x, *base, *adapter, seed, o.scale, o.terms, o.dropout_p, composed)
         return [y], [u]
     return _forward(x, bases, adapters, seed, options)
 
@@ -71,14 +71,14 @@ def backward(
     if _traced(dy):
         o = options
         rest = (o.scale, o.terms, o.dropout_p, o.plan == "composed", list(needs))
-        return _backward_op(dy, x, u, weight, *adapter, seed, *rest)
+        return backward_op(dy, x, u, weight, *adapter, seed, *rest)
     return _backward(dy, x, u, weight, adapter, seed, options, needs)
 
 
 def delta_forward(adapter: Factors, options: Options) -> torch.Tensor:
     """ΔW ``(M, N)`` in the dtype of A."""
     if _traced(adapter.A):
-        return _delta_forward_op(*adapter, options.scale, options.terms)
+        return delta_forward_op(*adapter, options.scale, options.terms)
     return _delta_forward(adapter, options)
 
 
@@ -87,7 +87,7 @@ def delta_backward(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """(dA, dB, dh), those of ``needs``, from the gradient G ``(M, N)`` of ΔW."""
     if _traced(G):
-        return _delta_backward_op(G, *adapter, options.scale, options.terms, list(needs))
+        return delta_backward_op(G, *adapter, options.scale, options.terms, list(needs))
     return _delta_backward(G, adapter, options, needs)
 
 
@@ -131,7 +131,10 @@ def _forward(
             *phis, phi_stack = _expand_all([*backs, stack], x.dtype)
             stack = in_memory(phi_stack)
         pending = project(x, stack, out=u, dropout=Dropout(options.dropout_p, seed))
-        phis = phis or _expand_all(backs, x.dtype, pending)
+        if phis:
+            _finish(pending)
+        else:
+            phis = _expand_all(backs, x.dtype, pending)
         for (base_out, y), own, phi in zip(starts, us, phis, strict=True):
             accumulate(_rows_dense(base_out), own, phi, out=y, scale=options.scale)
     return ys, us
@@ -169,20 +172,20 @@ def _backward(
                 bare_b = in_memory(phi_b)
             # s v is rounded, as autograd does to the reference: a small v underflows in float16.
             pending = project(dy, bare_b, out=v, scale=options.scale)
+            if adds and phi_a is None:
+                (phi_a,) = _expand_all([a], dy.dtype, pending)
+            else:
+                _finish(pending)
             if adds:
-                if phi_a is None:
-                    (phi_a,) = _expand_all([a], dy.dtype, pending)
                 base = None if weight is None else dx
                 accumulate(base, v, phi_a, out=dx, scale=1.0, dropout=dropout)
-            elif pending is not None:
-                sum_partials([pending])
         sums = []
         if need_B or need_h:
             if u is None:
                 assert x is not None
                 u = dy.new_empty(dy.shape[0], lanes)
                 pending = project(x, Factor(A, None, r, terms), out=u, dropout=dropout)
-                sum_partials([] if pending is None else [pending])
+                _finish(pending)
             # dh comes with the contraction to dB, from u and dy: it never asks for x.
             df, dh_out = dB.t() if need_B else None, dh if need_h else None
             sums += contract(u, dy, b, df=df, dh=dh_out, scale=options.scale)
@@ -247,6 +250,12 @@ def _expand_all(
     return phis
 
 
+def _finish(pending: Sum | None) -> None:
+    """Run the sum that completes a projection, where there is one."""
+    if pending is not None:
+        sum_partials([pending])
+
+
 def _start(x: torch.Tensor, base: Base) -> tuple[torch.Tensor, torch.Tensor]:
     """The base layer's output, and a contiguous tensor for y that may be the same."""
     if base.weight is not None:
@@ -285,7 +294,7 @@ def _options(terms: str, scale: float, dropout_p: float = 0.0, composed: bool = 
 
 
 @torch.library.custom_op("pera_kernels::forward", mutates_args=())
-def _forward_op(
+def forward_op(
     x: torch.Tensor,
     weight: torch.Tensor | None,
     bias: torch.Tensor | None,
@@ -304,7 +313,7 @@ def _forward_op(
     return y, u
 
 
-@_forward_op.register_fake
+@forward_op.register_fake
 def _(x, weight, bias, out, A, B, h, seed, scale, terms, dropout_p, composed):
     lanes = padded(A.shape[0] + (0 if h is None else h.shape[0]))
     u = x.new_empty(0) if composed else x.new_empty(x.shape[0], lanes)
@@ -312,7 +321,7 @@ def _(x, weight, bias, out, A, B, h, seed, scale, terms, dropout_p, composed):
 
 
 @torch.library.custom_op("pera_kernels::backward", mutates_args=())
-def _backward_op(
+def backward_op(
     dy: torch.Tensor,
     x: torch.Tensor | None,
     u: torch.Tensor | None,
@@ -331,26 +340,26 @@ def _backward_op(
     return _backward(dy, x, u, weight, Factors(A, B, h), seed, options, needs)
 
 
-@_backward_op.register_fake
+@backward_op.register_fake
 def _(dy, x, u, weight, A, B, h, seed, scale, terms, dropout_p, composed, needs):
     dx = dy.new_empty((dy.shape[0], A.shape[1]) if needs[0] else 0)
     return (dx, *_gradients(dy, (A, B, h), needs[1:]))
 
 
 @torch.library.custom_op("pera_kernels::delta_forward", mutates_args=())
-def _delta_forward_op(
+def delta_forward_op(
     A: torch.Tensor, B: torch.Tensor, h: torch.Tensor | None, scale: float, terms: str
 ) -> torch.Tensor:
     return _delta_forward(Factors(A, B, h), _options(terms, scale))
 
 
-@_delta_forward_op.register_fake
+@delta_forward_op.register_fake
 def _(A, B, h, scale, terms):
     return A.new_empty(B.shape[0], A.shape[1])
 
 
 @torch.library.custom_op("pera_kernels::delta_backward", mutates_args=())
-def _delta_backward_op(
+def delta_backward_op(
     G: torch.Tensor,
     A: torch.Tensor,
     B: torch.Tensor,
@@ -362,6 +371,6 @@ def _delta_backward_op(
     return _delta_backward(G, Factors(A, B, h), _options(terms, scale), needs)
 
 
-@_delta_backward_op.register_fake
+@delta_backward_op.register_fake
 def _(G, A, B, h, scale, terms, needs):
     return tuple(_gradients(G, (A, B, h), needs))

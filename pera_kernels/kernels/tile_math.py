@@ -3,8 +3,8 @@
 import triton
 import triton.language as tl
 
-from ..backends import interpreting
 from ..dropout import MULTIPLY_1, MULTIPLY_2, ROW_STEP
+from . import interpreting
 
 _MULTIPLY_1 = tl.constexpr(MULTIPLY_1)
 _MULTIPLY_2 = tl.constexpr(MULTIPLY_2)

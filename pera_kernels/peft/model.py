@@ -159,12 +159,14 @@ class PeraModel(BaseTuner):
             for layer in self._layers().values():
                 if layer.merged:
                     layer.unmerge()
-        return super()._unload_and_optionally_merge(
+        model = super()._unload_and_optionally_merge(
             merge=merge,
             progressbar=progressbar,
             safe_merge=False,
             adapter_names=adapter_names,
         )
+        shared_inputs(model, ())
+        return model
 
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:

@@ -30,7 +30,7 @@ import torch
 
 import pera_kernels
 from pera_kernels import testing as numerics
-from pera_kernels.backends import interpreting
+from pera_kernels.kernels import interpreting
 from pera_kernels.terms import TERMS
 from pera_kernels.verify import report
 from pera_kernels.verify.measure import Row, in_order, measure
