@@ -12,9 +12,8 @@ pytest.importorskip("matplotlib", reason="the tools need matplotlib")
 pytest.importorskip("rich", reason="the tools need rich")
 pytest.importorskip("tqdm", reason="the tools need tqdm")
 
-from pera_kernels.checkpoint import read_adapter
-
 import pera_kernels as pk
+from pera_kernels.adapters.checkpoint import read_adapter
 from tools.finetune import __main__ as program
 from tools.finetune import data, measure, report, train
 from tools.finetune.model import TARGET_MODULES, ByteTransformer
