@@ -85,6 +85,13 @@ def slow(session: nox.Session) -> None:
 
 
 @nox.session
+def mutants(session: nox.Session) -> None:
+    """Break kernels, orders and autograd one line at a time: a test must notice."""
+    session.install("-e", ".[test]")
+    session.run("python", "-m", "tools.mutants", *session.posargs)
+
+
+@nox.session
 def lint(session: nox.Session) -> None:
     """Style, format, types, and the order of imports."""
     session.install("-e", ".[test]", TORCH)

@@ -1,0 +1,196 @@
+"""Break the kernels, the orders and autograd one line at a time, and see that a test notices.
+
+    python -m tools.mutants [WORD]     all of them, or those whose description has the word in it
+
+First the tests must pass on an unchanged copy. Exit status: 0 if every mutant was killed.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import NamedTuple
+
+__all__ = ["MUTANTS", "Mutant", "broken"]
+
+ROOT = Path(__file__).parents[1]
+
+
+class Mutant(NamedTuple):
+    """What is broken in a file of the package, the text that goes, what stands there instead, and
+    the tests that must fail then.
+    """
+
+    breaks: str
+    file: str
+    old: str
+    new: str
+    tests: tuple[str, ...]
+
+
+# All gradients in float32 with dropout; in bfloat16; composed in float32; split over many tokens.
+FACTORED = ("tests/test_numerics.py::test_triton_kernels[8-full]",)
+HALF = ("tests/test_numerics.py::test_triton_kernels[5-full]",)
+COMPOSED = ("tests/test_numerics.py::test_triton_kernels[4-full]",)
+MANY_TOKENS = ("tests/test_numerics.py::test_variants[triton-many tokens]",)
+CROSS = ("tests/test_numerics.py::test_triton_kernels[12-cross]",)
+WAYS = ("tests/test_plans.py::test_every_way",)
+SHARED = ("tests/test_shared_inputs.py::test_the_numeric_rule",)
+REQUESTED = ("tests/test_autograd.py::test_only_requested_gradients_and_the_same_ones",)
+OVERFLOW = (
+    "tests/test_numerics.py::test_half_precision_overflow_shows_where_the_reference_has_it",
+)
+DROPOUT = ("tests/test_dropout.py",)
+FAR_LANES = ("tests/test_guarded_memory.py::test_a_contraction_reads_far_lanes",)
+FAR_SUMS = ("tests/test_guarded_memory.py::test_a_contraction_writes_far_partial_sums",)
+STRIDED = ("tests/test_numerics.py::test_strided_inputs",)
+
+# fmt: off
+_TABLE: dict[str, tuple[tuple[str, str, str, tuple[str, ...]], ...]] = {
+    "kernels/pair_tiles.py": (
+        ("circular offsets start at 1: no squares",
+         "tl.maximum(block - 1, 0)", "tl.maximum(block, 0)", FACTORED),
+        ("members of a stack read the rows of the first",
+         "row = offs_k // LANES * R", "row = offs_k // LANES", SHARED),
+        ("the lanes that pad K hold pairs a second time", "live = lane < K", "live = lane < LANES",
+         CROSS),
+        ("h is read and written by columns of the triangle",
+         "index = low * (2 * R - low + 1) // 2 + high - low",
+         "index = high * (high + 1) // 2 + low", FACTORED),
+        ("products of factors are formed in their own dtype",
+         "phi = phi.to(tl.float32) * partner.to(tl.float32)", "phi = phi * partner", HALF),
+    ),
+    "kernels/tile_math.py": (
+        ("gradients are sent to their rows in bfloat16",
+         "tl.static_range(3)", "tl.static_range(1)", FACTORED),
+        ("half of the seed is not used",
+         "(seed >> 32).to(tl.uint32)", "seed.to(tl.uint32)", DROPOUT),
+        ("from the second block of columns on the mask is another",
+         "pair = start // 2 + tl.arange", "pair = start + tl.arange", FACTORED),
+        ("the lot at the threshold is dropped by the kernels",
+         "lots.to(tl.int32) >= threshold", "lots.to(tl.int32) > threshold", DROPOUT),
+    ),
+    "kernels/accumulate.py": (
+        ("dx is not rescaled by 1 / (1 - p)",
+         "acc = tl.where(keep, acc * keep_scale, 0.0)", "acc = tl.where(keep, acc, 0.0)", FACTORED),
+        ("float16 does not overflow where the specification does",
+         "acc = overflow_as(overflow_as(acc, dtype) * scale, dtype)", "acc = acc * scale",
+         OVERFLOW),
+        ("the update is subtracted",
+         "acc += base.to(tl.float32)", "acc = base.to(tl.float32) - acc", HALF),
+        ("a slice of u is read as if it were all of it",
+         "stride_u_t=u.stride(0)", "stride_u_t=lanes", SHARED),
+    ),
+    "kernels/compose.py": (
+        ("s is left out of the composed weight",
+         "acc = overflow_as(acc, dtype) * scale", "acc = overflow_as(acc, dtype)", COMPOSED),
+    ),
+    "kernels/contract.py": (
+        ("dA is that of x without dropout",
+         "x = tl.where(keep, x, 0.0)", "x = tl.where(keep, x, x)", FACTORED),
+        ("squares count once in the gradient of a factor",
+         "df = select_rows(offs_r, j, is_pair, acc * f_i, df)",
+         "df = select_rows(offs_r, j, is_pair & (i != j), acc * f_i, df)", FACTORED),
+        ("gradients of factors are those of h = 1",
+         "acc *= load_coefficients(h_ptr, i, j, is_pair, R, K, TERMS)[:, None]", "acc *= 1.0",
+         FACTORED),
+        ("partial sums of dh overwrite each other",
+         "row = split_t * tl.num_programs(0) + block_n", "row = block_n", MANY_TOKENS),
+        ("lanes are addressed in 32 bits",
+         "offs_k.to(tl.int64)[None, :] * stride_left_k", "offs_k[None, :] * stride_left_k", FAR_LANES),
+        ("partial sums of a gradient are addressed in 32 bits",
+         "split.to(tl.int64) * stride_df_split", "split * stride_df_split", FAR_SUMS),
+    ),
+    "kernels/project.py": (
+        ("s is left out of v, and so of dx and dA", "accs[piece] * scale", "accs[piece]", FACTORED),
+        ("splits of the features overlap",
+         "tl.minimum((split + 1) * n_per_split, N)", "N", WAYS),
+        ("partial sums of u overwrite each other",
+         "u_ptr + split * stride_u_split", "u_ptr + 0 * stride_u_split", WAYS),
+        ("the columns of x are taken for neighbours in memory",
+         "offs_n.to(tl.int64)[None, :] * stride_x_n", "offs_n.to(tl.int64)[None, :]", STRIDED),
+    ),
+    "kernels/reduce.py": (
+        ("the last partial result is left out",
+         "mask=(offs_p < parts)[:, None]", "mask=(offs_p < parts - 1)[:, None]", FACTORED),
+        ("partial results beyond the first 16 are left out",
+         "range(0, parts, BLOCK_P)", "range(0, tl.minimum(parts, BLOCK_P), BLOCK_P)",
+         ("tests/test_numerics.py::test_triton_kernels[64-full]",)),
+    ),
+    "kernels/tiles.py": (
+        ("the last, shorter split is not launched",
+         "return -(-blocks // per_part), per_part * granule",
+         "return max(1, blocks // per_part), per_part * granule",
+         ("tests/test_launches.py::test_split_covers_everything_once",)),
+    ),
+    "terms.py": (
+        ("lanes stand in another order than their coefficients",
+         "j = (i + lane // r + first) % r", "j = (i + lane // r + first + 1) % r",
+         ("tests/test_terms.py", "tests/test_torch_backend.py")),
+    ),
+    "autograd.py": (
+        ("u is not kept for dh alone", "need_u, composed = need_B or need_h,",
+         "need_u, composed = need_B,", REQUESTED),
+        ("a base layer that is called gets no gradient",
+         "dout = dy if ctx.needs_input_grad[3] else None", "dout = None",
+         ("tests/test_module.py",)),
+    ),
+}
+# fmt: on
+MUTANTS = tuple(
+    Mutant(breaks, f"pera_kernels/{file}", old, new, tests)
+    for file, rows in _TABLE.items()
+    for breaks, old, new, tests in rows
+)
+
+
+def broken(mutant: Mutant, root: Path = ROOT) -> str:
+    """The file's text with the mutant in it; its old text must stand there once."""
+    source = (root / mutant.file).read_text(encoding="utf-8")
+    if (count := source.count(mutant.old)) != 1:
+        raise ValueError(f"{mutant.old!r} stands {count} times in {mutant.file}, not once")
+    return source.replace(mutant.old, mutant.new)
+
+
+def passes(tests: tuple[str, ...], mutant: Mutant | None) -> bool:
+    """Whether the tests pass on a copy of the tree with the mutant in it."""
+    with tempfile.TemporaryDirectory() as folder:
+        copied = [ROOT / "pera_kernels", ROOT / "tests"]
+        for path in copied:
+            ignore = shutil.ignore_patterns("__pycache__")
+            shutil.copytree(path, Path(folder) / path.name, ignore=ignore)
+        shutil.copy(ROOT / "pyproject.toml", folder)
+        if mutant is not None:
+            (Path(folder) / mutant.file).write_text(broken(mutant), encoding="utf-8")
+        command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", *tests]
+        # No bytecode: a mutant of the same size and second would be taken for what it replaced.
+        own = {**os.environ, "PYTHONPATH": folder, "PYTHONDONTWRITEBYTECODE": "1"}
+        done = subprocess.run(command, cwd=folder, env=own, capture_output=True, text=True)
+    if done.returncode not in (0, 1):
+        raise RuntimeError(f"pytest ended with {done.returncode}\n{done.stdout}{done.stderr}")
+    return done.returncode == 0
+
+
+def main(words: list[str]) -> int:
+    chosen = [own for own in MUTANTS if all(word in own.breaks for word in words)]
+    tests = tuple(dict.fromkeys(test for own in chosen for test in own.tests))
+    if not passes(tests, None):
+        print("the tests do not pass without a mutant", file=sys.stderr)
+        return 2
+    survivors = 0
+    for mutant in chosen:
+        survived = passes(mutant.tests, mutant)
+        survivors += survived
+        print(
+            f"{'SURVIVED' if survived else 'killed':<9}{mutant.file}: {mutant.breaks}", flush=True
+        )
+    print(f"{len(chosen)} mutants, {survivors} survived")
+    return int(survivors > 0)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
