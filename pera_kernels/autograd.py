@@ -10,7 +10,7 @@ import torch
 from torch.autograd.function import once_differentiable
 
 from .backends import implementation
-from .operands import Base, Factors
+from .operands import Base, Factors, Saved
 
 __all__ = ["DeltaWeight", "PeraFunction"]
 
@@ -64,9 +64,9 @@ class PeraFunction(torch.autograd.Function):
         needs = (ctx.needs_input_grad[0], *ctx.needs_input_grad[4:7])
         gradients: Any = (None,) * 4
         if any(needs):
-            gradients = implementation(ctx.options.backend).backward(
-                dy, x, u, _in_dtype_of(dy, weight), Factors(A, B, h), seed, ctx.options, needs
-            )
+            saved = Saved(x, u, _in_dtype_of(dy, weight), Factors(A, B, h), seed)
+            backend = implementation(ctx.options.backend)
+            gradients = backend.backward(dy, saved, ctx.options, needs)
         dx, dA, dB, dh = _wanted(gradients, needs)
         dout = dy if ctx.needs_input_grad[3] else None
         return dx, None, None, dout, dA, dB, dh, None, None, None

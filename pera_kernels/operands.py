@@ -9,7 +9,7 @@ import torch
 
 from .terms import Terms
 
-__all__ = ["Base", "Factors", "Options", "tokens"]
+__all__ = ["Base", "Factors", "Options", "Saved", "tokens"]
 
 
 @dataclass(frozen=True)
@@ -41,6 +41,18 @@ class Base(NamedTuple):
     weight: torch.Tensor | None
     bias: torch.Tensor | None = None
     out: torch.Tensor | None = None
+
+
+class Saved(NamedTuple):
+    """What a forward keeps for its backward: x ``(T, N)`` for dA, u ``(T, K)`` for dB and dh (each
+    None where nothing asks for it), the dense weight or None, the adapter, the dropout's seed.
+    """
+
+    x: torch.Tensor | None
+    u: torch.Tensor | None
+    weight: torch.Tensor | None
+    adapter: Factors
+    seed: torch.Tensor | None
 
 
 def tokens(x: torch.Tensor) -> torch.Tensor:

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 
 from .dropout import keep_mask
-from .operands import Base, Factors, Options
+from .operands import Base, Factors, Options, Saved
 from .terms import Terms, circular_order, expanded_rank, first_offset, offset_count
 
 __all__ = ["backward", "composes", "delta_backward", "delta_forward", "forward"]
@@ -73,19 +73,13 @@ def forward(
 
 
 def backward(
-    dy: torch.Tensor,
-    x: torch.Tensor | None,
-    u: torch.Tensor | None,
-    weight: torch.Tensor | None,
-    adapter: Factors,
-    seed: torch.Tensor | None,
-    options: Options,
-    needs: Sequence[bool],
+    dy: torch.Tensor, saved: Saved, options: Options, needs: Sequence[bool]
 ) -> tuple[torch.Tensor | None, ...]:
-    """(dx, dA, dB, dh) of one layer, those of ``needs``.
+    """(dx, dA, dB, dh) of one layer, those of ``needs``, from dy ``(T, M)``.
 
-    dx is the adapter's part alone where ``weight`` is None.
+    dx is the adapter's part alone where there is no dense weight.
     """
+    x, u, weight, adapter, seed = saved
     (A, B, h), terms, scale = adapter, options.terms, options.scale
     need_x, need_A, need_B, need_h = needs
     c, keep_scale = coefficients(h, A.shape[0], options.terms), 1.0 / (1.0 - options.dropout_p)
@@ -198,7 +192,7 @@ def contract(
     rows, dphi = factor.to(work).contiguous(), dphi.to(work)
     dh = None
     if h is not None:
-        products = torch.einsum("kc,kc->k", dphi[R:], expand(rows, terms, work)[R:])
+        products = (dphi[R:] * expand(rows, terms, work)[R:]).sum(1)
         dh = torch.empty_like(h).index_copy_(
             0, circular_order(R, terms, h.device), products.to(h.dtype)
         )

@@ -12,7 +12,7 @@ from benchmarks import __main__ as program
 from benchmarks import ceilings, contenders, overhead, peers, presets, results, timing
 from benchmarks.contenders import CONTENDERS, FROZEN, Layer, find
 from benchmarks.gate import Gate
-from pera_kernels.testing import Case, make_inputs
+from pera_kernels.verify.numerics import Case, make_inputs
 
 CPU = torch.device("cpu")
 CASE = Case(r=3, T=9, N=20, M=12, scale=1.0)

@@ -5,7 +5,7 @@ import torch
 
 from pera_kernels.backends import unavailable
 from pera_kernels.kernels import tiles
-from pera_kernels.operands import Base, Factors, Options
+from pera_kernels.operands import Base, Factors, Options, Saved
 from pera_kernels.terms import TERMS, coefficient_count, lane_count
 
 
@@ -46,7 +46,9 @@ def test_launches_per_factored_call(r, terms, T, dropout_p, ops):
     assert 2 <= len(calls) <= 3, calls
     u = meta(T, lane_count(r, terms))
     with recorded() as calls:
-        ops.backward(dy, x, u, weight, own, seed, options, [True, True, True, own.h is not None])
+        ops.backward(
+            dy, Saved(x, u, weight, own, seed), options, [True, True, True, own.h is not None]
+        )
     assert 4 <= len(calls) <= 6, calls
     assert all(side >= 1 for call in calls for side in call.grid)
 

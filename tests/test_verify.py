@@ -14,9 +14,9 @@ import torch
 from pera_kernels import configs
 from pera_kernels.backends import unavailable
 from pera_kernels.terms import TERMS
-from pera_kernels.testing import Case, Verdict
 from pera_kernels.verify import measure
 from pera_kernels.verify.__main__ import main
+from pera_kernels.verify.numerics import Case, Verdict
 from pera_kernels.verify.plan import DEFAULT_DTYPES, OPS, RANKS, SHAPES, Request, Task, plan
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -9,7 +9,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import pera_kernels as pk
 from benchmarks import work
 from benchmarks.contenders import CONTENDERS
-from pera_kernels.testing import Case, make_inputs
+from pera_kernels.verify.numerics import Case, make_inputs
 
 CASE = Case(terms="full", r=4, T=10, N=24, M=16, scale=1.0)
 K, L = 14, 10

@@ -11,8 +11,8 @@ from torch import nn
 
 from ..module import AdapterOptions, PeraLinear
 from ..terms import Terms
-from .shared_inputs import SHARED_INPUTS, check_shared_inputs
-from .shared_inputs import shared_inputs as share_in
+from . import shared_inputs as sharing
+from .shared_inputs import SHARED_INPUTS
 
 ModelT = TypeVar("ModelT", bound=nn.Module)
 
@@ -111,7 +111,7 @@ def inject(
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be an nn.Module; got {type(model).__name__}")
     wanted = _check_targets(target_modules)
-    groups = check_shared_inputs(shared_inputs)
+    groups = sharing.check_shared_inputs(shared_inputs)
     options = AdapterOptions(r, alpha, terms, dropout, init, adapter_dtype, backend, plan)
     found = _targets(model, wanted)
     if not found:
@@ -164,7 +164,7 @@ def adopt(
             parameter.requires_grad_(False)
     for name, parent, layer in places:
         setattr(parent, name.rpartition(".")[2], adapted[layer])
-    share_in(model, groups)
+    sharing.shared_inputs(model, groups)
 
 
 def adapted_modules(model: nn.Module) -> dict[str, PeraLinear]:

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
-from ..operands import Base, Factors, Options
+from ..operands import Base, Factors, Options, Saved
 from ..terms import Terms, lane_count, padded
 from .accumulate import accumulate
 from .compose import compose
@@ -46,7 +46,7 @@ def forward(
 
     They have one rank and one dropout mask. A composed plan is for one layer; its u is empty.
     """
-    if len(bases) == 1 and _traced(x):
+    if len(bases) == 1 and _traced(x, *bases[0], *adapters[0]):
         (base,), (adapter,), o = bases, adapters, options
         composed = o.plan == "composed"
         y, u = forward_op(x, *base, *adapter, seed, o.scale, o.terms, o.dropout_p, composed)
@@ -54,30 +54,21 @@ def forward(
     return _forward(x, bases, adapters, seed, options)
 
 
-def backward(
-    dy: torch.Tensor,
-    x: torch.Tensor | None,
-    u: torch.Tensor | None,
-    weight: torch.Tensor | None,
-    adapter: Factors,
-    seed: torch.Tensor | None,
-    options: Options,
-    needs: Sequence[bool],
-) -> Gradients:
-    """(dx, dA, dB, dh) of one layer, those of ``needs``; the others are empty tensors.
+def backward(dy: torch.Tensor, saved: Saved, options: Options, needs: Sequence[bool]) -> Gradients:
+    """(dx, dA, dB, dh) of one layer, those of ``needs``, from dy ``(T, M)``; the others are empty.
 
-    dx is the adapter's part alone where ``weight`` is None.
+    dx is the adapter's part alone where there is no dense weight.
     """
-    if _traced(dy):
-        o = options
+    (x, u, weight, adapter, seed), o = saved, options
+    if _traced(dy, x, u, weight, *adapter):
         rest = (o.scale, o.terms, o.dropout_p, o.plan == "composed", list(needs))
         return backward_op(dy, x, u, weight, *adapter, seed, *rest)
-    return _backward(dy, x, u, weight, adapter, seed, options, needs)
+    return _backward(dy, saved, options, needs)
 
 
 def delta_forward(adapter: Factors, options: Options) -> torch.Tensor:
     """ΔW ``(M, N)`` in the dtype of A."""
-    if _traced(adapter.A):
+    if _traced(*adapter):
         return delta_forward_op(*adapter, options.scale, options.terms)
     return _delta_forward(adapter, options)
 
@@ -86,17 +77,18 @@ def delta_backward(
     G: torch.Tensor, adapter: Factors, options: Options, needs: Sequence[bool]
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """(dA, dB, dh), those of ``needs``, from the gradient G ``(M, N)`` of ΔW."""
-    if _traced(G):
+    if _traced(G, *adapter):
         return delta_backward_op(G, *adapter, options.scale, options.terms, list(needs))
     return _delta_backward(G, adapter, options, needs)
 
 
-def _traced(x: torch.Tensor) -> bool:
+def _traced(*tensors: torch.Tensor | None) -> bool:
     """Whether a registered op has to stand for the launches."""
+    plain = (torch.Tensor, torch.nn.Parameter, type(None))
     return (
         torch.compiler.is_compiling()
         or is_in_torch_dispatch_mode()
-        or type(x) not in (torch.Tensor, torch.nn.Parameter)
+        or any(type(t) not in plain for t in tensors)
     )
 
 
@@ -140,16 +132,8 @@ def _forward(
     return ys, us
 
 
-def _backward(
-    dy: torch.Tensor,
-    x: torch.Tensor | None,
-    u: torch.Tensor | None,
-    weight: torch.Tensor | None,
-    adapter: Factors,
-    seed: torch.Tensor | None,
-    options: Options,
-    needs: Sequence[bool],
-) -> Gradients:
+def _backward(dy: torch.Tensor, saved: Saved, options: Options, needs: Sequence[bool]) -> Gradients:
+    x, u, weight, adapter, seed = saved
     (A, B, h), r, terms = adapter, adapter.A.shape[0], options.terms
     need_x, need_A, need_B, need_h = needs
     dx = dy.new_empty((dy.shape[0], A.shape[1]) if need_x else 0)
@@ -337,7 +321,7 @@ def backward_op(
     needs: Sequence[bool],
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     options = _options(terms, scale, dropout_p, composed)
-    return _backward(dy, x, u, weight, Factors(A, B, h), seed, options, needs)
+    return _backward(dy, Saved(x, u, weight, Factors(A, B, h), seed), options, needs)
 
 
 @backward_op.register_fake
