@@ -39,7 +39,7 @@ class Stub(CudaDriver):
 driver.set_active(Stub())
 from pera_kernels.kernels import ops, tiles
 from pera_kernels.kernels.launch import recorded
-from pera_kernels.operands import Base, Factors, Options
+from pera_kernels.operands import Base, Factors, Options, Saved
 from pera_kernels.terms import TERMS, coefficient_count
 
 tiles.architecture, tiles.processor_count = (lambda device: "sm_90"), (lambda device: 132)
@@ -64,13 +64,11 @@ def layer(terms, plan="factored", p=0.0, T=33, N=64, M=48, r=4, group=1):
     options = Options(terms, 0.5, p, plan, "triton")
     needs = [True, True, True, h is not None]
     _, us = ops.forward(x, [Base(weight)] * group, [adapter] * group, seed, options)
-    u = us[-1] if plan == "factored" else None
+    saved = Saved(x, us[-1] if plan == "factored" else None, weight, adapter, seed)
     forward = launches(
         lambda: ops.forward(x, [Base(weight)] * group, [adapter] * group, seed, options)
     )
-    backward = launches(
-        lambda: ops.backward(dy, x, u, weight, adapter, seed, options, needs)
-    )
+    backward = launches(lambda: ops.backward(dy, saved, options, needs))
     assert group > 1 or plan == "composed" or (1 <= forward <= 3 and 1 <= backward <= 6)
     print(terms, plan, p, T, N, group, forward, backward, flush=True)
     return adapter, options

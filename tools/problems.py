@@ -14,7 +14,7 @@ import torch
 
 from pera_kernels.kernels import accumulate, compose, contract, expand, ops, project, reduce
 from pera_kernels.kernels.launch import NO_DROPOUT, Dropout, Factor, in_memory
-from pera_kernels.operands import Base, Factors, Options
+from pera_kernels.operands import Base, Factors, Options, Saved
 from pera_kernels.terms import Terms, circular_order, coefficient_count, lane_count, pairs
 
 __all__ = ["DTYPES", "FEATURES", "TOKENS", "VARIANTS", "Job", "Operands", "expected", "random_on"]
@@ -138,9 +138,9 @@ class Operands:
         options = Options(self.job.terms, SCALE, plan=plan)
         bases, adapters = [Base(self.weight)] * count, [self.adapter] * count
         ys, us = ops.forward(self.x, bases, adapters, None, options)
-        u = None if plan == "composed" else us[-1]
-        needs = [True, True, True, self.adapter.h is not None]
-        ops.backward(self.dy, self.x, u, self.weight, self.adapter, None, options, needs)
+        u, needs = us[-1], [True, True, True, self.adapter.h is not None]
+        saved = Saved(self.x, u if plan == "factored" else None, self.weight, self.adapter, None)
+        ops.backward(self.dy, saved, options, needs)
         return {"y": ys[-1]}
 
 
