@@ -369,13 +369,14 @@ class Evil:
         return open, (str(self.marker), "w")
 
 
-def test_a_pickle_with_code_does_not_run(tmp_path):
+def test_a_pickle_with_code_does_not_run(tmp_path, record):
     marker = tmp_path / "ran"
     (tmp_path / "adapter_model.bin").write_bytes(pickle.dumps({"a": Evil(marker)}))
     refused(plain_model(), "never executed", lambda m: pk.load_official(m, tmp_path))
     torch.save({"0.up.lora_A": Evil(marker)}, tmp_path / "adapter_model.bin")
     refused(plain_model(), "never executed", lambda m: pk.load_official(m, tmp_path))
     assert not marker.exists()
+    record(refused=2)
 
 
 @pytest.mark.parametrize(

@@ -72,24 +72,27 @@ def runs_agree(case, backend, device, runs):
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_a_hundred_runs_on_the_torch_backend(name):
+def test_a_hundred_runs_on_the_torch_backend(name, record):
     """Output and every gradient, bit for bit."""
     runs_agree(CASES[name], "torch", CPU, RUNS)
+    record(runs=RUNS)
 
 
 @pytest.mark.parametrize("op, runs", [("pera_linear", RUNS), ("delta_weight", RUNS // 4)])
-def test_runs_of_the_interpreted_kernels(op, runs):
+def test_runs_of_the_interpreted_kernels(op, runs, record):
     """A small problem, whose sums over tokens are split in two."""
     if (reason := unavailable("triton", CPU)) is not None:
         pytest.skip(f"backend triton: {reason}")
     runs_agree(Case(op=op, r=3, T=70, N=9, M=7, dropout_p=0.25), "triton", CPU, runs)
+    record(runs=runs)
 
 
 @needs_gpu
 @pytest.mark.parametrize("name", LARGE)
-def test_a_hundred_runs_on_a_gpu(name):
+def test_a_hundred_runs_on_a_gpu(name, record):
     """Compiled kernels at sizes that are split: partial sums are added in a fixed order."""
     runs_agree(LARGE[name], "triton", torch.device("cuda"), RUNS)
+    record(runs=RUNS)
 
 
 def test_no_kernel_adds_atomically():
@@ -269,7 +272,7 @@ def compiled_or_torch(device):
     return "auto" if device.type == "cuda" else "torch"
 
 
-def test_eight_threads_that_train_their_own_layers(device):
+def test_eight_threads_that_train_their_own_layers(device, record):
     """Each thread gets the bits that it gets alone."""
     layers = many_layers(device)
     for layer, _ in layers:
@@ -283,9 +286,10 @@ def test_eight_threads_that_train_their_own_layers(device):
                 assert torch.equal(a, b)
 
     in_threads(work)
+    record(threads=THREADS, calls=20)
 
 
-def test_eight_threads_that_share_a_module_in_evaluation(layer, device):
+def test_eight_threads_that_share_a_module_in_evaluation(layer, device, record):
     """A server's threads, each with its own inputs, while the module begins to keep expansions."""
     layer.backend = compiled_or_torch(device)
     layer.eval()
@@ -300,9 +304,10 @@ def test_eight_threads_that_share_a_module_in_evaluation(layer, device):
             assert torch.equal(evaluated(layer, inputs[number])[0], expected[number])
 
     in_threads(work)
+    record(threads=THREADS, calls=50)
 
 
-def test_eight_threads_that_share_a_module_in_training(layer, device):
+def test_eight_threads_that_share_a_module_in_training(layer, device, record):
     """Gradients with respect to shared parameters, taken at the same time from own inputs."""
     layer.backend = compiled_or_torch(device)
     inputs = [torch.randn(2 + 5 * number, 70, device=device) for number in range(THREADS)]
@@ -314,11 +319,12 @@ def test_eight_threads_that_share_a_module_in_training(layer, device):
                 assert torch.equal(a, b)
 
     in_threads(work)
+    record(threads=THREADS, calls=10)
 
 
 @needs_gpu
 @pytest.mark.parametrize("name", LARGE)
-def test_two_streams_at_once_give_the_same_bits(name):
+def test_two_streams_at_once_give_the_same_bits(name, record):
     """Forward and backward, interleaved on two streams, each with its own inputs."""
     case = LARGE[name]
     problems = [replace(case, seed=seed) for seed in (0, 1)]
@@ -334,12 +340,13 @@ def test_two_streams_at_once_give_the_same_bits(name):
         torch.cuda.synchronize()
         for a, b in zip(got, expected, strict=True):
             assert_same(a, b)
+    record(streams=2, calls=RUNS // 4)
 
 
 @needs_gpu
 @pytest.mark.parametrize("dtype", [torch.float32, BF16, F16], ids=str)
 @pytest.mark.parametrize("T", [1, 300])
-def test_every_replay_of_a_captured_graph_gives_the_same_bits(T, dtype):
+def test_every_replay_of_a_captured_graph_gives_the_same_bits(T, dtype, record):
     """A hundred replays, and a replay on other inputs, are what the call gives uncaptured."""
     made = pk.PeraLinear(512, 256, r=8, device="cuda", dtype=dtype)
     torch.nn.init.normal_(made.pera_B, std=0.1)
@@ -370,3 +377,4 @@ def test_every_replay_of_a_captured_graph_gives_the_same_bits(T, dtype):
             graph.replay()
             for a, b in zip(captured, expected, strict=True):
                 assert torch.equal(a, b)
+    record(replays=2 * RUNS)

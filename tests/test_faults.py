@@ -77,11 +77,14 @@ print(json.dumps({"found": found, "between": stored}))
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
-def test_killed_during_a_save_at_50_points(tmp_path):
+def test_killed_during_a_save_at_50_points(tmp_path, record):
     pytest.importorskip("safetensors")
     figures = python(KILLED, tmp_path / "adapter", 50)
     assert sum(figures["found"].values()) == 50
     assert min(figures["found"].values()) > 0
+    record(
+        kills=50, old=figures["found"]["0"], new=figures["found"]["1"], between=figures["between"]
+    )
 
 
 FULL = """
@@ -159,7 +162,7 @@ def corrupted(data, chance):
     return bytes(data)
 
 
-def test_200_random_corruptions_are_refused_or_load_exactly(tmp_path):
+def test_200_random_corruptions_are_refused_or_load_exactly(tmp_path, record):
     pytest.importorskip("safetensors")
     pk.save_adapter(trained(), tmp_path)
     good = read_adapter(tmp_path)
@@ -189,6 +192,7 @@ def test_200_random_corruptions_are_refused_or_load_exactly(tmp_path):
         (tmp_path / name).write_bytes(data)
     # A change of the readable file alone may load, with a warning: the stored one counts.
     assert 100 < refused <= 200
+    record(corruptions=200, refused=refused, loaded_exactly=200 - refused)
 
 
 def header(entries, size=None, data=b""):
@@ -244,7 +248,7 @@ print(json.dumps(found))
 
 
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="needs /proc")
-def test_hostile_files_do_not_exhaust_memory(tmp_path):
+def test_hostile_files_do_not_exhaust_memory(tmp_path, record):
     """In a process that may grow by 2 GiB: each is refused by name."""
     pytest.importorskip("safetensors")
     config = {"format": "pera_kernels", "format_version": 1, "r": 10**12, "alpha": 1.0,
@@ -259,6 +263,7 @@ def test_hostile_files_do_not_exhaust_memory(tmp_path):
     for name, folder in zip(HOSTILE, folders, strict=True):
         error = found[str(folder)]
         assert str(folder) in error, f"{name}: {error}"
+    record(hostile_files=len(HOSTILE), refused=len(found), gib=GIB_MORE)
 
 
 class FailAt(TorchDispatchMode):
@@ -302,7 +307,7 @@ class Attention(nn.Module):
 @pytest.mark.parametrize("T", [2, 40])
 @pytest.mark.parametrize("make", [plain_model, Attention], ids=["layers", "group"])
 @pytest.mark.parametrize("phase", ["forward", "backward", "eval"])
-def test_out_of_memory_leaves_the_module_usable(phase, make, T):
+def test_out_of_memory_leaves_the_module_usable(phase, make, T, record):
     targets = ["q", "k", "v"] if make is Attention else ["up", "down"]
     torch.manual_seed(0)
     model = trained(make(), r=8, targets=targets, backend="torch")
@@ -339,6 +344,7 @@ def test_out_of_memory_leaves_the_module_usable(phase, make, T):
     else:
         operations = every_fault(whole, check)
     assert operations > 5
+    record(operations=operations)
 
 
 CHANGES = {
@@ -447,7 +453,7 @@ def cache(tmp_path_factory):
 
 
 @pytest.mark.parametrize("fault", ["a file in its place", "cannot be made", "damaged", "gone"])
-def test_a_bad_triton_cache_is_survived(fault, cache, tmp_path):
+def test_a_bad_triton_cache_is_survived(fault, cache, tmp_path, record):
     import shutil
 
     folder = tmp_path / "cache"
@@ -470,6 +476,7 @@ def test_a_bad_triton_cache_is_survived(fault, cache, tmp_path):
     else:
         assert len(found["told"]) == 1 and str(folder) in found["told"][0]
         assert not Path(found["own"]).exists()
+    record(faults=1)
 
 
 def test_other_errors_of_a_launch_are_not_swallowed():

@@ -475,7 +475,7 @@ def test_first_and_last_rows_of_a_few(way, place):
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("backend_name", ["torch", "triton"])
-def test_more_than_2_31_elements_on_a_gpu(backend_name):
+def test_more_than_2_31_elements_on_a_gpu(backend_name, record):
     """x, y, dx and dy of more than 2**31 elements each."""
     free = torch.cuda.mem_get_info()[0]
     if free < 40 * GIB:
@@ -484,3 +484,4 @@ def test_more_than_2_31_elements_on_a_gpu(backend_name):
     assert T * N > REACH
     first_and_last_rows(torch.device("cuda"), T, N, N, BF16, backend_name)
     torch.cuda.empty_cache()
+    record(elements=T * N)

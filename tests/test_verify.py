@@ -168,15 +168,16 @@ def test_a_failure_by_a_handful_of_values_is_judged_on_more_draws(monkeypatch):
 @pytest.mark.parametrize("name", MUTATIONS)
 def test_a_broken_kernel_is_noticed(name, tmp_path, interpreter):
     file, right, wrong, op = MUTATIONS[name]
-    ignore = shutil.ignore_patterns("__pycache__")
-    shutil.copytree(ROOT / "pera_kernels", tmp_path / "pera_kernels", ignore=ignore)
+    for package in ("pera_kernels", "tools"):
+        ignore = shutil.ignore_patterns("__pycache__")
+        shutil.copytree(ROOT / package, tmp_path / package, ignore=ignore)
     path = tmp_path / "pera_kernels" / "kernels" / file
     source = path.read_text()
     assert source.count(right) == 1
     path.write_text(source.replace(right, wrong))
     done = subprocess.run(
-        [sys.executable, "-m", "pera_kernels", "verify", *TINY]
-        + ["--backend", "triton", "--ops", op, "--dtypes", "bfloat16", "--failures"],
+        [sys.executable, "-m", "tools.verify", *TINY, "--backend", "triton", "--ops", op]
+        + ["--dtypes", "bfloat16", "--failures"],
         cwd=tmp_path,
         env={**os.environ, "PYTHONDONTWRITEBYTECODE": "1", "PYTHONPATH": str(tmp_path)},
         capture_output=True,
