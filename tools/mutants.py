@@ -45,7 +45,7 @@ OVERFLOW = (
     "tests/test_numerics.py::test_half_precision_overflow_shows_where_the_reference_has_it",
 )
 DROPOUT = ("tests/test_dropout.py",)
-FAR_LANES = ("tests/test_guarded_memory.py::test_a_contraction_reads_far_lanes",)
+FAR_LANES = ("tests/test_guarded_memory.py::test_operands_whose_rows_or_columns_lie_far_apart",)
 FAR_SUMS = ("tests/test_guarded_memory.py::test_a_contraction_writes_far_partial_sums",)
 STRIDED = ("tests/test_numerics.py::test_strided_inputs",)
 
