@@ -167,7 +167,9 @@ def passes(tests: tuple[str, ...], mutant: Mutant | None) -> bool:
         shutil.copy(ROOT / "pyproject.toml", folder)
         if mutant is not None:
             (Path(folder) / mutant.file).write_text(broken(mutant), encoding="utf-8")
-        command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", *tests]
+        command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider"]
+        # Slow tests too.
+        command += ["-m", "", *tests]
         # No bytecode: a mutant of the same size and second would be taken for what it replaced.
         own = {**os.environ, "PYTHONPATH": folder, "PYTHONDONTWRITEBYTECODE": "1"}
         done = subprocess.run(command, cwd=folder, env=own, capture_output=True, text=True)
