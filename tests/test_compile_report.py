@@ -8,6 +8,8 @@ import pytest
 
 pytest.importorskip("triton", reason="the compile report needs the triton package")
 
+from tools import instructions  # noqa: E402
+
 
 def run_report(*options):
     """In a process of its own: these tests may run with interpreted kernels."""
@@ -29,7 +31,7 @@ def run_report(*options):
 def test_shipped_configurations_are_clean(options):
     done = run_report(*options)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "0 with a problem" in done.stdout
+    assert " 0 with a problem" in done.stdout
     assert done.stdout.count(" ok\n") >= 9
 
 
@@ -37,8 +39,8 @@ def test_a_configuration_that_spills_is_reported(tmp_path):
     """The check can fail: a tile far too large for its warps must be named."""
     code = (
         "import sys\n"
-        "from pera_kernels import configs\n"
-        "configs.load_table('sm_90')['contract', 'half'] = configs.Tile(64, 128, 128, 4, 2)\n"
+        "from pera_kernels.kernels import tiles\n"
+        "tiles.load_table('sm_90')['contract', 'half'] = tiles.Tile(64, 128, 128, 4, 2)\n"
         "from tools.compile_report import main\n"
         "sys.exit(main(['--terms', 'full', '--ranks', '16', '--dtypes', 'bf16', '--archs', 'sm_90',"
         " '--kernels', 'contract dB dh', '--jobs', '1']))\n"
@@ -54,8 +56,46 @@ def test_a_configuration_that_spills_is_reported(tmp_path):
 
 @pytest.mark.parametrize(
     "options, words",
-    [(("--ranks", "0"), "--ranks must be >= 1"), (("--archs", "sm_10"), "invalid choice")],
+    [(("--ranks", "0"), "--ranks: must be >= 1"), (("--archs", "sm_10"), "invalid choice")],
 )
 def test_bad_arguments(options, words):
     done = run_report(*options)
     assert done.returncode == 2 and words in done.stderr
+
+
+def test_a_cache_is_filled_and_machine_instructions_are_counted(tmp_path):
+    layer = ("--kernels", "layer", "--terms", "full", "--ranks", "4", "--dtypes", "bf16")
+    few = ("--archs", "sm_90", "--tokens", "16", "--shapes", "64x48")
+    done = run_report("--precompile", *layer, *few)
+    assert done.returncode == 0, done.stdout + done.stderr
+    # Three launches forward and six backward, some of them twice.
+    assert " of 8 distinct launches compiled for sm_90" in done.stdout
+    done = run_report("--instructions", *layer[2:], *few[:2], "--kernels", "accumulate")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "instructions of a warp" in done.stdout and "multiply-adds on matrix" in done.stdout
+
+
+LISTING = """
+        /*0000*/                   LDC R1, c[0x0][0x28] ;
+        /*0010*/              @!P0 LDG.E.64 R4, desc[UR4][R2.64] ;
+        /*0020*/                   HMMA.16816.F32.BF16 R8, R4, R6, R8 ;
+        /*0030*/                   LDGSTS.E.BYPASS.128 [R7], desc[UR4][R2.64] ;
+        /*0040*/                   HMMA.16816.F32.BF16 R12, R4, R6, R12 ;
+        /*0050*/               @P1 BRA 0x20 ;
+        /*0060*/                   FFMA R8, R8, R9, RZ ;
+        /*0070*/                   STG.E.128 desc[UR4][R2.64], R8 ;
+        /*0080*/                   EXIT ;
+        /*0090*/                   BRA 0x90;
+        /*00a0*/                   NOP ;
+"""
+
+
+def test_a_listing_is_counted():
+    loop, rest = instructions.count(LISTING)
+    assert loop == instructions.Count(4, 2 * 16 * 8 * 16, 0, 32 * 16, 1, 0)
+    assert rest == instructions.Count(6, 0, 32, 32 * 8 + 32 * 16, 1, 1)
+    group = "/*0000*/ HGMMA.64x128x16.F32.BF16 R24, gdesc[UR4], R24 ;\n/*0010*/ EXIT ;"
+    loop, rest = instructions.count(group)
+    assert rest.matrix == 64 * 128 * 16 // 4 and loop == instructions.Count()
+    with pytest.raises(ValueError, match="no instructions"):
+        instructions.count("")

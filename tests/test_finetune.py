@@ -13,7 +13,7 @@ pytest.importorskip("rich", reason="the tools need rich")
 pytest.importorskip("tqdm", reason="the tools need tqdm")
 
 import pera_kernels as pk
-from pera_kernels.checkpoint import read_adapter
+from pera_kernels.adapters.checkpoint import read_adapter
 from tools.finetune import __main__ as program
 from tools.finetune import data, measure, report, train
 from tools.finetune.model import TARGET_MODULES, ByteTransformer

@@ -1,7 +1,8 @@
-"""``tools/gpu_check.sh`` without a GPU: usage, its parts and markers with a stand-in for Python."""
+"""``tools/gpu_check.sh`` without a GPU: usage, limits, command lines, and both runs dry."""
 
+import json
 import os
-import shutil
+import re
 import subprocess
 from pathlib import Path
 
@@ -10,124 +11,85 @@ import torch
 
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPT = ROOT / "tools" / "gpu_check.sh"
-PARTS = ("check", "bench", "layer", "tune")
-# Writes its arguments down; fails where one of them is $FAIL.
-STAND_IN = """#!/bin/sh
-echo "$@" | head -n 1 >>"$CALLS"
-for word in "$@"; do
-    [ "$word" = "$FAIL" ] && exit 3
-done
-exit 0
-"""
+# Seconds of each run, and how many results may come back from it.
+LONGEST = {"first": 540, "second": 210}
+MOST_FILES = 8
 
 
-@pytest.fixture
-def check(tmp_path):
-    """Run the script with a Python that does nothing; returns (process, what Python was called
-    with).
-    """
-    folder = tmp_path / "bin"
-    folder.mkdir()
-    (folder / "python3").write_text(STAND_IN)
-    (folder / "python3").chmod(0o755)
-
-    def run(*words, fail=""):
-        calls = tmp_path / "calls"
-        calls.write_text("")
-        path = os.pathsep.join([str(folder), os.environ["PATH"]])
-        environment = {**os.environ, "PATH": path, "CALLS": str(calls), "FAIL": fail}
-        command = ["bash", str(SCRIPT), *map(str, words)]
-        done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=60)
-        return done, calls.read_text().splitlines()
-
-    return run
-
-
-def test_syntax():
-    assert subprocess.run(["bash", "-n", str(SCRIPT)]).returncode == 0
-    assert os.access(SCRIPT, os.X_OK)
+def check(*words, **environment):
+    environment = {**os.environ, "DRY": "0", **environment}
+    command = ["bash", str(SCRIPT), *map(str, words)]
+    return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=600)
 
 
 @pytest.mark.parametrize(
-    "words", [(), ("check",), ("everything", "out"), ("check", "out", "more"), ("check", "--fast")]
+    "words", [(), ("first",), ("all", "out"), ("first", "out", "more"), ("second", "--fast")]
 )
-def test_bad_usage(words, check, tmp_path):
-    done, calls = check(*words)
-    assert done.returncode == 2 and not calls
-    assert done.stderr.startswith("usage: tools/gpu_check.sh PART OUT")
+def test_bad_usage(words, tmp_path):
+    done = check(*words)
+    assert done.returncode == 2
+    assert done.stderr.startswith("usage: tools/gpu_check.sh first|second OUT")
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_says_that_there_is_no_gpu(tmp_path):
-    if shutil.which("python3") is None:
-        pytest.skip("no python3 on the path")
-    done = subprocess.run(
-        ["bash", str(SCRIPT), "check", str(tmp_path / "out")],
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
+    done = check("first", tmp_path / "out")
     assert done.returncode == 2
     assert done.stderr.splitlines()[-1].startswith("gpu_check: no GPU")
 
 
-def test_a_part_that_passed_is_skipped_next_time(check, tmp_path):
-    out = tmp_path / "out"
-    done, calls = check("tune", out)
-    assert done.returncode == 0
-    assert [call.split()[:2] for call in calls[1:]] == [["-m", "tools.tune"]]
-    assert "--resume" in calls[1] and "--write" in calls[1]
-    done, calls = check("tune", out)
-    assert done.returncode == 0 and len(calls) == 1 and "before" in done.stdout
-    done, calls = check("tune", out, "--again")
-    assert done.returncode == 0 and len(calls) == 2
+# Writes its arguments down; the benchmarks fail.
+STAND_IN = """#!/bin/sh
+echo "$@" | tr '\\n' ' ' >>"$CALLS"
+echo >>"$CALLS"
+[ "$2" != benchmarks ]
+"""
 
 
-def test_a_part_that_failed_runs_again_and_the_others_go_on(check, tmp_path):
-    out = tmp_path / "out"
-    done, calls = check("all", out, fail="benchmarks.host")
-    assert done.returncode == 1
-    assert "FAILED  host (exit 3), see bench.txt" in done.stdout
-    modules = {call.split()[1] for call in calls if call.startswith("-m")}
-    assert modules >= {"pytest", "tools.verify", "benchmarks", "benchmarks.decoder", "tools.tune"}
-    assert {path.name for path in out.iterdir()} == {
-        *(f"{part}.txt" for part in PARTS),
-        *(f".done-{part}" for part in PARTS if part != "bench"),
-    }
-    done, calls = check("all", out)
-    assert done.returncode == 0
-    assert {call.split()[1] for call in calls[1:]} == {
-        "tools.tune.precompile",
-        "benchmarks.kernels",
-        "benchmarks.host",
-        "benchmarks",
-    }
-
-
-def test_options_of_the_tools_exist(check, tmp_path):
-    """The script's command lines are what the tools take: each says that there is no GPU, or fails
-    later, but does not refuse an option.
+@pytest.mark.parametrize("part", LONGEST)
+def test_limits_and_command_lines(part, tmp_path):
+    """With a stand-in for Python: every step is run, whatever failed before, within the time; the
+    commands take the options that they are given.
     """
-    from benchmarks import __main__ as suite
-    from benchmarks import host, kernels
-    from benchmarks.decoder import __main__ as decoder
-    from tools.tune import __main__ as tune
-    from tools.tune import precompile
+    from benchmarks import __main__ as layers
+    from benchmarks import decoder, kernels
+    from tools import compile_report, tune
 
+    for name in ("python3", "compute-sanitizer"):
+        (tmp_path / name).write_text(STAND_IN)
+        (tmp_path / name).chmod(0o755)
+    path = os.pathsep.join([str(tmp_path), os.environ["PATH"]])
+    done = check(part, tmp_path / "out", PATH=path, CALLS=str(tmp_path / "calls"))
+    assert done.returncode == 1
+    limits = [
+        int(seconds) for seconds in re.findall(r"^== .* \(at most (\d+) s\)$", done.stdout, re.M)
+    ]
+    assert len(limits) > 1 and sum(limits) <= LONGEST[part]
     parsers = {
-        "tools.tune": tune._parser(),
-        "tools.tune.precompile": precompile._parser(),
-        "benchmarks.kernels": kernels._parser(),
-        "benchmarks.host": host._parser(),
-        "benchmarks.decoder": decoder._parser(),
-        "benchmarks": suite._parser(),
+        "benchmarks": layers.parser().parse_args,
+        "benchmarks.kernels": kernels.parser().parse_args,
+        "benchmarks.decoder": decoder.parser().parse_args,
+        "tools.compile_report": compile_report._parser().parse_args,
+        "tools.tune": tune._parser().parse_args,
     }
-    _, calls = check("all", tmp_path / "out")
-    seen = set()
-    for call in calls:
-        _, name, *words = [*call.split(), ""]
-        if name in parsers:
-            words = ["cpu" if word == "cuda" else word for word in words if word]
-            parsers[name].parse_args(words)
-            seen.add(name)
-    assert seen == set(parsers)
+    calls = [line.split() for line in (tmp_path / "calls").read_text().splitlines()]
+    for _, module, *words in [call for call in calls if call[0] == "-m" and call[1] in parsers]:
+        parsers[module](["cpu" if word == "cuda" else word for word in words])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("part", LONGEST)
+def test_a_dry_run(part, tmp_path):
+    done = check(part, tmp_path, "--dry", PERA_COMMIT="0123456789ab")
+    assert done.returncode == 0, done.stdout + (tmp_path / "log.txt").read_text()
+    exits = re.findall(r"^-- exit (\d+) after", done.stdout, re.M)
+    assert len(exits) > 1 and set(exits) == {"0"}
+    files = list(tmp_path.iterdir())
+    assert len(files) <= MOST_FILES and all(path.is_file() for path in files)
+    rows = [
+        json.loads(line)
+        for path in files
+        if path.suffix == ".jsonl"
+        for line in path.read_text().splitlines()
+    ]
+    assert rows and {row["commit"] for row in rows} == {"0123456789ab"}

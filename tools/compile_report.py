@@ -1,27 +1,30 @@
 """What the compiler makes of every kernel, for GPUs that need not be there.
 
 The launchers run on tensors without storage and their launches are recorded, so the report sees
-exactly the block sizes, flags and argument specialisations that ship. Each is compiled for sm_80,
-sm_90, sm_100 and gfx942 with the assemblers in Triton's wheel.
+exactly the block sizes, flags and argument specialisations that ship. Each is compiled through
+Triton's own just-in-time path, with the assemblers in its wheel: what is compiled for the GPU that
+is here is found in Triton's cache by the launches that follow.
 
     python -m tools.compile_report                              everything (long: see --jobs)
     python -m tools.compile_report --ranks 16 --terms full      one adapter
-    python -m tools.compile_report --archs sm_90 --json r.json  one architecture, rows as JSON
+    python -m tools.compile_report --archs sm_90 --instructions machine instructions too
+    python -m tools.compile_report --precompile --tokens 16384 512 --ranks 16 --terms full
+                                                                fill the cache before a benchmark
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib
 import itertools
 import json
 import multiprocessing
 import os
 import re
-import subprocess
 import sys
-import tempfile
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -29,17 +32,25 @@ from unittest import mock
 
 import torch
 
-from pera_kernels import configs
-from pera_kernels.terms import TERMS, coefficient_count, lane_count
+from pera_kernels.kernels import tiles
+from pera_kernels.kernels.launch import recorded
+from pera_kernels.terms import TERMS
+
+from .instructions import Count, count, cuobjdump
+from .problems import DTYPES, FEATURES, TOKENS, VARIANTS, Job, Operands, meta
+
+__all__ = [
+    "Launch",
+    "Row",
+    "compile_all",
+    "compilers",
+    "distinct",
+    "here",
+    "launches_of",
+    "tiles_of",
+]
 
 RANKS = (4, 8, 16, 32, 64)
-# Operand dtype and adapter dtype of each kind of row.
-DTYPES: dict[str, tuple[torch.dtype, torch.dtype]] = {
-    "bf16": (torch.bfloat16, torch.bfloat16),
-    "fp16": (torch.float16, torch.float16),
-    "fp32": (torch.float32, torch.float32),
-    "bf16+fp32": (torch.bfloat16, torch.float32),
-}
 # Shared memory a thread block (workgroup) may use, in bytes.
 SHARED_LIMIT = {
     "sm_80": 166912,
@@ -48,18 +59,9 @@ SHARED_LIMIT = {
     "sm_100": 232448,
     "gfx942": 65536,
 }
-FEATURES, TOKENS = 4096, 8192
-
-POINTER = {
-    torch.bfloat16: "*bf16",
-    torch.float16: "*fp16",
-    torch.float32: "*fp32",
-    torch.int64: "*i64",
-}
-TENSOR_CORE = {
-    "ptx": re.compile(r"\b(wgmma\.mma_async|mma\.sync|tcgen05\.mma)\b"),
-    "amdgcn": re.compile(r"\bv_mfma_\w+"),
-}
+# Multiprocessors of a large GPU: an H200.
+PROCESSORS = 132
+TENSOR_CORE = re.compile(r"\b(wgmma\.mma_async|mma\.sync|tcgen05\.mma|v_mfma_\w+)\b")
 # Half-precision products on tensor cores, told apart from the tf32 ones of the contraction.
 HALF_DOT = re.compile(
     r"(wgmma\.mma_async|mma\.sync)\S*\.b?f16\.b?f16|tcgen05\.mma\S*kind::f16|v_mfma_f32\w+_b?f16"
@@ -68,224 +70,172 @@ HALF_DOT = re.compile(
 
 @dataclass(frozen=True)
 class Launch:
-    """A recorded launch: what the JIT would specialise on."""
+    """A kernel and what the compiler specialises it on: constants, dtypes of tensors, and of each
+    number whether it is one, divisible by 16, and above 32 bits.
+    """
 
-    variant: str
-    terms: str
-    r: int
-    dtype: str
+    module: str
     kernel: str
-    signature: tuple[tuple[str, str], ...]
-    constants: tuple[tuple[str, Any], ...]
-    aligned: tuple[str, ...]
-    options: tuple[tuple[str, int], ...]
+    arguments: tuple[tuple[str, Any], ...]
 
 
 @dataclass(frozen=True)
 class Row:
-    """One launch compiled for one architecture."""
+    """One launch compiled for one architecture; ``problem`` says why it may not ship."""
 
     variant: str
     terms: str
     r: int
     dtype: str
     arch: str
-    registers: int
-    spill_bytes: int
-    shared_bytes: int
-    shared_limit: int
-    tensor_core: int
-    problem: str
+    registers: int = 0
+    spill_bytes: int = 0
+    shared_bytes: int = 0
+    shared_limit: int = 0
+    tensor_core: int = 0
+    problem: str = ""
+    loop: Count | None = None
+    rest: Count | None = None
 
 
-class _Recorder:
-    """Stands in for a kernel: ``kernel[grid](**arguments)`` appends to ``calls``."""
-
-    def __init__(self, kernel: Any, calls: list[tuple[Any, dict[str, Any]]]) -> None:
-        self.kernel, self.calls = kernel, calls
-
-    def __getitem__(self, grid: Any) -> Any:
-        return lambda **arguments: self.calls.append((self.kernel, arguments))
+# What a report shows; layers launch what the others show, at their own splits.
+REPORTED = tuple(name for name in VARIANTS if not name.startswith("layer"))
 
 
-def _recorded(variant: str, terms: str, r: int, dtype: str, arch: str) -> Iterator[Launch]:
-    from pera_kernels import launch
-
-    calls: list[tuple[Any, dict[str, Any]]] = []
-    kernels = [name for name in vars(launch) if name.endswith("_kernel")]
+@contextmanager
+def tiles_of(arch: str, processors: int = PROCESSORS) -> Iterator[None]:
+    """Within this context launchers choose tiles and splits as on a GPU of this architecture."""
+    table = arch if (tiles.TABLES / f"{arch}.json").exists() else tiles.GENERIC
+    patch = mock.patch.object
     with ExitStack() as stack:
-        for name in kernels:
-            recorder = _Recorder(getattr(launch, name), calls)
-            stack.enter_context(mock.patch.object(launch, name, recorder))
-        stack.enter_context(mock.patch.object(configs, "processor_count", lambda device: 132))
-        hip = "7" if arch.startswith("gfx") else None
-        stack.enter_context(mock.patch.object(torch.version, "hip", hip))
-        table = arch if (configs.TABLES / f"{arch}.json").exists() else configs.GENERIC
-        stack.enter_context(mock.patch.object(configs, "architecture", lambda device: table))
-        configs.tile_for.cache_clear()
-        stack.callback(configs.tile_for.cache_clear)
-        _run_variant(launch, variant, terms, r, *DTYPES[dtype])
-    for kernel, arguments in calls:
-        yield _specialise(variant, terms, r, dtype, kernel, arguments)
+        stack.enter_context(patch(torch.version, "hip", "7" if arch.startswith("gfx") else None))
+        stack.enter_context(patch(tiles, "architecture", lambda device: table))
+        stack.enter_context(patch(tiles, "processor_count", lambda device: processors))
+        tiles.tile_for.cache_clear()
+        stack.callback(tiles.tile_for.cache_clear)
+        yield
 
 
-def _run_variant(
-    launch: Any, variant: str, terms: str, r: int, dtype: torch.dtype, adapter: torch.dtype
-) -> None:
-    """Call the launcher of a variant as ``pera_kernels.ops`` does, on storage-free tensors."""
+def launches_of(operands: Operands) -> list[Launch]:
+    """What a job launches, on tensors of the device "meta"."""
+    with recorded() as calls:
+        operands.call()
+    return [_specialised(own.kernel, own.arguments) for own in calls]
 
-    def meta(*shape: int, of: torch.dtype = dtype) -> torch.Tensor:
-        return torch.empty(*shape, dtype=of, device="meta")
 
-    x, u = meta(TOKENS, FEATURES), meta(TOKENS, lane_count(r, terms))  # type: ignore[arg-type]
-    A, B = meta(r, FEATURES, of=adapter), meta(FEATURES, r, of=adapter)
-    h = None if terms == "linear" else meta(coefficient_count(r, terms), of=adapter)  # type: ignore[arg-type]
-    dh = None if h is None else torch.empty_like(h)
-    a, b = launch.Factor(A, h, r, terms), launch.Factor(B.t(), h, r, terms)
-    expanded = launch.Expanded(meta(u.shape[1], FEATURES))
-    partial = launch.Sum(meta(4, *u.shape, of=torch.float32), u, u.shape[1], u.stride(0))
-    dropout = launch.Dropout(0.05, meta(1, of=torch.int64))
-    if variant == "expand":
-        launch.expand([a, b], partial, dtype=dtype)
-    elif variant == "project A":
-        launch.project(x, a, out=u)
-    elif variant == "project A dropout":
-        launch.project(x, a, out=u, dropout=dropout)
-    elif variant == "project B":
-        launch.project(x, b, out=u)
-    elif variant == "project expanded":
-        launch.project(x, expanded, out=u)
-    elif variant == "project expanded dropout":
-        launch.project(x, expanded, out=u, dropout=dropout)
-    elif variant == "accumulate":
-        launch.accumulate(x, u, expanded, out=x, scale=0.5)
-    elif variant == "accumulate dropout":
-        launch.accumulate(x, u, expanded, out=x, scale=0.5, dropout=dropout)
-    elif variant == "contract dA dropout":
-        launch.contract(u, x, a, df=torch.empty_like(A), dh=None, scale=0.5, dropout=dropout)
-    elif variant == "contract dB dh":
-        launch.contract(u, x, b, df=torch.empty_like(B).t(), dh=dh, scale=0.5)
-    elif variant == "contract G dA dh":
-        left = meta(u.shape[1], FEATURES).t()
-        df = torch.empty_like(A)
-        launch.contract(left, meta(FEATURES, FEATURES), a, df=df, dh=dh, scale=0.5)
-    elif variant == "contract dA of 3":
-        # Larger stacks are contracted one adapter at a time.
-        members = 3 if 3 * r <= launch.CONTRACTED_ROWS else 1
-        stack = launch.Factor(meta(members * r, FEATURES, of=adapter), h, r, terms, members)
-        left = meta(TOKENS, stack.lanes)
-        launch.contract(left, x, stack, df=torch.empty_like(stack.rows), dh=None, scale=0.5)
-    elif variant == "project A of 3":
-        stack = launch.Factor(meta(3 * r, FEATURES, of=adapter), h, r, terms, 3)
-        launch.project(x, stack, out=meta(TOKENS, stack.lanes))
-    elif variant == "compose":
-        launch.compose(meta(FEATURES, FEATURES), a, b, scale=0.5, dtype=dtype)
+def _specialised(kernel: Any, arguments: dict[str, Any]) -> Launch:
+    # Launch options are no parameters, and as constant as those declared so.
+    varying = {parameter.name for parameter in kernel.params if not parameter.is_constexpr}
+    kept = tuple(
+        (name, _representative(value) if name in varying else value)
+        for name, value in sorted(arguments.items())
+    )
+    return Launch(kernel.fn.__module__, kernel.fn.__name__, kept)
+
+
+def _representative(value: Any) -> Any:
+    """The smallest value that the compiler treats alike; a tensor by its dtype."""
+    if isinstance(value, torch.Tensor):
+        return value.dtype
+    if isinstance(value, float):
+        return 0.5
+    if type(value) is not int or value == 1:
+        return value
+    return (0 if abs(value) < 2**31 else 2**32) + (16 if value % 16 == 0 else 17)
+
+
+def distinct(jobs: Iterable[Job], arch: str, processors: int = PROCESSORS) -> dict[Launch, Job]:
+    """Every distinct launch of these jobs, with the first of them that makes it."""
+    found: dict[Launch, Job] = {}
+    with tiles_of(arch, processors):
+        for job in jobs:
+            for launch in launches_of(Operands(job)):
+                found.setdefault(launch, job)
+    return found
+
+
+class _Driver:
+    """What the just-in-time path asks of a driver before it launches: one device for each target,
+    because a kernel keeps what was compiled by the number of the device.
+    """
+
+    arch = "sm_90"
+    seen: list[str] = []
+
+    def get_current_target(self) -> Any:
+        from triton.backends.compiler import GPUTarget
+
+        hip = self.arch.startswith("gfx")
+        return GPUTarget("hip", self.arch, 64) if hip else GPUTarget("cuda", int(self.arch[3:]), 32)
+
+    def get_current_device(self) -> int:
+        if self.arch not in self.seen:
+            self.seen.append(self.arch)
+        return self.seen.index(self.arch)
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+
+def _start() -> None:
+    from triton.runtime.driver import driver
+
+    driver.set_active(_Driver())  # type: ignore[arg-type]
+
+
+def _compile(work: tuple[Launch, Job, str, bool]) -> tuple[Launch, Row]:
+    """Runs in a worker. A compiler's refusal is a result: that launch cannot be had."""
+    launch, job, arch, with_instructions = work
+    from triton.errors import TritonError
+
+    name = (job.variant, job.terms, job.r, job.dtype, arch)
+    try:
+        kernel = _warmed_up(launch, arch)
+    except (TritonError, RuntimeError) as error:
+        reason = f"{type(error).__name__}: {error}".splitlines()[0]
+        return launch, Row(*name, problem=f"does not compile: {reason}")
+    if "cubin" in kernel.asm:
+        text, usage = kernel.asm["ptx"], cuobjdump(kernel.asm["cubin"], "-res-usage")
+        registers, spills = _number(r"REG:(\d+)", usage), _number(r"STACK:(\d+)", usage)
     else:
-        raise ValueError(f"unknown variant {variant!r}")
-
-
-VARIANTS = (
-    "expand",
-    "project A",
-    "project A dropout",
-    "project A of 3",
-    "project B",
-    "project expanded",
-    "project expanded dropout",
-    "accumulate",
-    "accumulate dropout",
-    "contract dA dropout",
-    "contract dA of 3",
-    "contract dB dh",
-    "contract G dA dh",
-    "compose",
-)
-
-
-def _specialise(
-    variant: str, terms: str, r: int, dtype: str, kernel: Any, arguments: dict[str, Any]
-) -> Launch:
-    """Types, constants and alignments as Triton's own launcher would infer them from the values."""
-    arguments = dict(arguments)
-    names = {parameter.name for parameter in kernel.params}
-    options = {name: arguments[name] for name in arguments if name not in names}
-    signature, constants, aligned = {}, {}, []
-    for parameter in kernel.params:
-        name, value = parameter.name, arguments[parameter.name]
-        if parameter.is_constexpr or value is None or (type(value) is int and value == 1):
-            signature[name], constants[name] = "constexpr", value
-        elif isinstance(value, torch.Tensor):
-            signature[name] = POINTER[value.dtype]
-            aligned.append(name)
-        elif isinstance(value, float):
-            signature[name] = "fp32"
-        else:
-            signature[name] = "i32" if value < 2**31 else "i64"
-            if value % 16 == 0:
-                aligned.append(name)
-    return Launch(
-        variant,
-        terms,
-        r,
-        dtype,
-        kernel.__name__,
-        tuple(signature.items()),
-        tuple(constants.items()),
-        tuple(aligned),
-        tuple(options.items()),
-    )
-
-
-def compile_launch(launch: Launch, arch: str) -> Row:
-    """Compile one launch for one architecture and read the assembler's report."""
-    import triton
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
-
-    from pera_kernels import launch as launchers
-
-    kernel = getattr(launchers, launch.kernel)
-    index = {name: i for i, name in enumerate(kernel.arg_names)}
-    source = ASTSource(
-        fn=kernel,
-        signature=dict(launch.signature),
-        constexprs={(index[name],): value for name, value in launch.constants},
-        attrs={(index[name],): [["tt.divisibility", 16]] for name in launch.aligned},
-    )
-    hip = arch.startswith("gfx")
-    target = GPUTarget("hip", arch, 64) if hip else GPUTarget("cuda", int(arch[3:]), 32)
-    compiled = triton.compile(source, target=target, options=dict(launch.options))
-    if hip:
-        text = compiled.asm["amdgcn"]
+        text = kernel.asm["amdgcn"]
         registers = _number(r"\.vgpr_count:\s*(\d+)", text)
         spills = _number(r"\.private_segment_fixed_size:\s*(\d+)", text)
-        tensor_core = len(TENSOR_CORE["amdgcn"].findall(text))
-    else:
-        text = compiled.asm["ptx"]
-        registers, spills = _cubin_report(compiled.asm["cubin"])
-        tensor_core = len(TENSOR_CORE["ptx"].findall(text))
-    shared, limit = compiled.metadata.shared, SHARED_LIMIT[arch]
+    # An architecture that is not in the table has at least what small chips have.
+    shared, limit = kernel.metadata.shared, SHARED_LIMIT.get(arch, min(SHARED_LIMIT.values()))
     problems = []
     if spills:
         problems.append(f"spills {spills} B")
     if shared > limit:
         problems.append(f"shared memory {shared} B > {limit} B")
-    has_dot = launch.kernel not in ("sum_partials_kernel", "expand_kernel")
-    if has_dot and launch.dtype != "fp32" and not HALF_DOT.search(text):
+    has_dot = "PRECISION" in dict(launch.arguments)
+    if has_dot and job.dtype != "fp32" and not HALF_DOT.search(text):
         problems.append("half-precision dot without tensor cores")
-    return Row(
-        launch.variant,
-        launch.terms,
-        launch.r,
-        launch.dtype,
-        arch,
-        registers,
-        spills,
-        shared,
-        limit,
-        tensor_core,
-        "; ".join(problems),
+    loop = rest = None
+    if with_instructions and "cubin" in kernel.asm:
+        loop, rest = count(cuobjdump(kernel.asm["cubin"], "-sass"))
+    return launch, Row(
+        *name,
+        registers=registers,
+        spill_bytes=spills,
+        shared_bytes=shared,
+        shared_limit=limit,
+        tensor_core=len(TENSOR_CORE.findall(text)),
+        problem="; ".join(problems),
+        loop=loop,
+        rest=rest,
     )
+
+
+def _warmed_up(launch: Launch, arch: str) -> Any:
+    _Driver.arch = arch
+    arguments = {
+        name: meta(0, of=value) if isinstance(value, torch.dtype) else value
+        for name, value in launch.arguments
+    }
+    kernel = getattr(importlib.import_module(launch.module), launch.kernel)
+    # The grid is no part of what is compiled.
+    return kernel.warmup(grid=(1,), **arguments)
 
 
 def _number(pattern: str, text: str) -> int:
@@ -295,132 +245,147 @@ def _number(pattern: str, text: str) -> int:
     return int(found.group(1))
 
 
-def _cubin_report(cubin: bytes) -> tuple[int, int]:
-    """Registers and stack bytes of a cubin, by the wheel's cuobjdump."""
-    import triton
-
-    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "kernel.cubin"
-        path.write_bytes(cubin)
-        command = [str(tool), "-res-usage", str(path)]
-        usage = subprocess.run(command, check=True, capture_output=True, text=True).stdout
-    return _number(r"REG:(\d+)", usage), _number(r"STACK:(\d+)", usage)
+@contextmanager
+def compilers(jobs: int) -> Iterator[Any]:
+    """Processes that compile, as long as the context lasts."""
+    # Fresh ones: the parent has run torch, which does not survive a fork well.
+    with multiprocessing.get_context("spawn").Pool(jobs, initializer=_start) as pool:
+        yield pool
 
 
-def launches(
-    variants: Sequence[str],
-    terms: Sequence[str],
-    ranks: Sequence[int],
-    dtypes: Sequence[str],
-    arch: str,
-) -> list[Launch]:
-    """Every distinct launch of the grid, in order."""
-    grid = itertools.product(variants, terms, ranks, dtypes)
-    found = [launch for row in grid for launch in _recorded(*row, arch)]
-    seen: dict[Any, Launch] = {}
-    for launch in found:
-        key = (
-            launch.kernel,
-            launch.signature,
-            launch.constants,
-            launch.aligned,
-            launch.options,
-        )
-        seen.setdefault(key, launch)
-    return list(seen.values())
-
-
-def _work(job: tuple[Launch, str]) -> Row:
-    return compile_launch(*job)
-
-
-def report(
-    archs: Sequence[str],
-    *,
-    variants: Sequence[str] = VARIANTS,
-    terms: Sequence[str] = TERMS,
-    ranks: Sequence[int] = RANKS,
-    dtypes: Sequence[str] = tuple(DTYPES),
-    jobs: int = 1,
-) -> Iterator[tuple[int, int, Row]]:
-    """Compile the grid; yields (done, total, row) as rows come."""
-    work = [
-        (launch, arch)
-        for arch in archs
-        for launch in launches(variants, terms, ranks, dtypes, arch)
-    ]
-    if jobs == 1:
-        for done, job in enumerate(work, 1):
-            yield done, len(work), _work(job)
-        return
-    # A fresh process per worker: the parent has run torch, which does not survive a fork well.
-    with multiprocessing.get_context("spawn").Pool(jobs) as pool:
-        for done, row in enumerate(pool.imap(_work, work, chunksize=4), 1):
-            yield done, len(work), row
+def compile_all(
+    pool: Any, work: Iterable[tuple[Launch, Job, str]], *, with_instructions: bool = False
+) -> Iterator[tuple[Launch, Row]]:
+    """Compile (launch, its job, architecture) in the processes of ``pool``; results in order."""
+    yield from pool.imap(_compile, [(*own, with_instructions) for own in work])
 
 
 HEADER = (
-    f"{'kernel':<22}{'terms':<8}{'r':>3} {'dtype':<10}{'arch':<8}{'regs':>5}{'spill':>7}"
+    f"{'kernel':<25}{'terms':<8}{'r':>3} {'dtype':<10}{'arch':<8}{'regs':>5}{'spill':>7}"
     f"{'shared':>9}{'of limit':>9}{'mma':>6}  verdict"
 )
 
 
 def format_row(row: Row) -> str:
-    share = f"{row.shared_bytes / row.shared_limit:.0%}"
-    return (
-        f"{row.variant:<22}{row.terms:<8}{row.r:>3} {row.dtype:<10}{row.arch:<8}"
+    share = f"{row.shared_bytes / row.shared_limit:.0%}" if row.shared_limit else ""
+    line = (
+        f"{row.variant:<25}{row.terms:<8}{row.r:>3} {row.dtype:<10}{row.arch:<8}"
         f"{row.registers:>5}{row.spill_bytes:>7}{row.shared_bytes:>9}{share:>9}"
         f"{row.tensor_core:>6}  {row.problem or 'ok'}"
     )
+    if row.loop is None or row.rest is None:
+        return line
+    return (
+        f"{line}\n    instructions of a warp: {row.loop.instructions} in the main loop "
+        f"({row.loop.matrix} multiply-adds on matrix units, {row.loop.scalar} elsewhere, "
+        f"{row.loop.bytes} B, {row.loop.narrow_loads} of {row.loop.loads} loads narrow), "
+        f"{row.rest.instructions} outside"
+    )
 
 
-def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
+def here() -> tuple[str, int]:
+    """The architecture and the multiprocessors of the GPU that is here."""
+    properties = torch.cuda.get_device_properties(torch.cuda.current_device())
+    if torch.version.hip:
+        return str(properties.gcnArchName).partition(":")[0], properties.multi_processor_count
+    return f"sm_{properties.major}{properties.minor}", properties.multi_processor_count
+
+
+def precompile(jobs: Sequence[Job], arch: str, processors: int, given: argparse.Namespace) -> int:
+    """Fill Triton's cache within a budget; the number of launches that do not compile cleanly."""
+    began, done, refused = time.monotonic(), 0, 0
+    found = distinct(jobs, arch, processors)
+    work = [(launch, job, arch) for launch, job in found.items()]
+    with compilers(min(given.jobs, len(work))) as pool:
+        for launch, row in compile_all(pool, work):
+            done += 1
+            if row.problem:
+                refused += 1
+                print(f"{launch.kernel}: {format_row(row)}", file=sys.stderr)
+            if given.budget is not None and time.monotonic() - began > given.budget:
+                break
+    print(
+        f"{done} of {len(found)} distinct launches compiled for {arch} in "
+        f"{time.monotonic() - began:.0f} s, {refused} with a problem"
+    )
+    return refused
+
+
+def report(jobs: Sequence[Job], given: argparse.Namespace) -> int:
+    """Print a row for each launch and architecture; the number of rows with a problem."""
+    work = [(own, job, arch) for arch in given.archs for own, job in distinct(jobs, arch).items()]
+    rows = []
+    print(HEADER)
+    with compilers(min(given.jobs, len(work))) as pool:
+        for _, row in compile_all(pool, work, with_instructions=given.instructions):
+            rows.append(row)
+            if row.problem or not given.problems:
+                print(format_row(row), flush=True)
+            if sys.stderr.isatty():
+                print(f"\r{len(rows)}/{len(work)}", end="\r", file=sys.stderr, flush=True)
+    if given.json is not None:
+        import triton
+
+        payload = {"triton": triton.__version__, "rows": [asdict(row) for row in rows]}
+        given.json.write_text(json.dumps(payload, indent=1) + "\n")
+    bad, most = sum(bool(row.problem) for row in rows), max(rows, key=lambda row: row.registers)
+    print(
+        f"{len(rows)} compilations, {bad} with a problem; at most {most.registers} registers "
+        f"({most.variant}, {most.terms}, r={most.r}, {most.dtype}, {most.arch})"
+    )
+    return bad
+
+
+def _features(text: str) -> tuple[int, int]:
+    if not (found := re.fullmatch(r"([1-9][0-9]{0,8})x([1-9][0-9]{0,8})", text)):
+        raise argparse.ArgumentTypeError(f"{text!r} is not of the form 1024x4096 (in x out)")
+    return int(found[1]), int(found[2])
+
+
+def _positive(text: str) -> int:
+    if not (text.isdecimal() and int(text) >= 1):
+        raise argparse.ArgumentTypeError(f"must be >= 1; got {text}")
+    return int(text)
+
+
+def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m tools.compile_report",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
+
+    def choice(option: str, of: Iterable[str], default: Iterable[str], **more: Any) -> None:
+        names = tuple(of)
+        text = "of " + ", ".join(names)
+        parser.add_argument(
+            option, nargs="+", choices=names, default=list(default), help=text, **more
+        )
+
+    choice("--archs", SHARED_LIMIT, SHARED_LIMIT, metavar="ARCH")
+    choice("--kernels", VARIANTS, REPORTED, metavar="NAME")
+    choice("--terms", TERMS, TERMS, metavar="TERMS")
+    choice("--dtypes", DTYPES, DTYPES, metavar="DTYPE")
     add = parser.add_argument
-    add(
-        "--archs",
-        nargs="+",
-        choices=SHARED_LIMIT,
-        default=list(SHARED_LIMIT),
-        metavar="ARCH",
-        help="of " + ", ".join(SHARED_LIMIT),
-    )
-    add(
-        "--kernels",
-        nargs="+",
-        choices=VARIANTS,
-        default=list(VARIANTS),
-        metavar="NAME",
-        help="of " + ", ".join(map(repr, VARIANTS)),
-    )
-    add("--terms", nargs="+", choices=TERMS, default=list(TERMS))
-    add("--ranks", nargs="+", type=int, default=list(RANKS), metavar="R")
-    add(
-        "--dtypes",
-        nargs="+",
-        choices=DTYPES,
-        default=list(DTYPES),
-        metavar="DTYPE",
-        help="of " + ", ".join(DTYPES) + " (operands + adapters)",
-    )
-    add("--jobs", type=int, default=os.cpu_count() or 1, help="compile in this many processes")
+    add("--ranks", nargs="+", type=_positive, default=list(RANKS), metavar="R")
+    add("--tokens", nargs="+", type=_positive, default=[TOKENS], metavar="T")
+    shape = (FEATURES, FEATURES)
+    add("--shapes", nargs="+", type=_features, default=[shape], metavar="NxM", help="in x out")
+    add("--jobs", type=_positive, default=os.cpu_count() or 1, help="in so many processes")
     add("--problems", action="store_true", help="print only rows with a problem")
+    add("--instructions", action="store_true", help="count machine instructions (NVIDIA)")
     add("--json", type=Path, metavar="FILE", help="also write every row as JSON")
-    arguments = parser.parse_args(argv)
-    if min(arguments.ranks) < 1:
-        parser.error(f"--ranks must be >= 1; got {min(arguments.ranks)}")
-    if arguments.jobs < 1:
-        parser.error(f"--jobs must be >= 1; got {arguments.jobs}")
-    return arguments
+    add(
+        "--precompile",
+        action="store_true",
+        help="only fill Triton's cache, for the GPU here or for the first of --archs",
+    )
+    add("--budget", type=_positive, metavar="SECONDS", help="stop --precompile then")
+    return parser
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    arguments = _arguments(argv)
+    given = _parser().parse_args(argv)
     import triton
 
     if os.environ.get("TRITON_INTERPRET") == "1":
@@ -430,31 +395,19 @@ def main(argv: Sequence[str] | None = None) -> int:
         )
         return 2
     print(f"triton {triton.__version__}, torch {torch.__version__}")
-    print(HEADER)
-    rows = []
-    for done, total, row in report(
-        arguments.archs,
-        variants=arguments.kernels,
-        terms=arguments.terms,
-        ranks=arguments.ranks,
-        dtypes=arguments.dtypes,
-        jobs=arguments.jobs,
-    ):
-        rows.append(row)
-        if row.problem or not arguments.problems:
-            print(format_row(row), flush=True)
-        if sys.stderr.isatty():
-            print(f"\r{done}/{total}", end="\r", file=sys.stderr, flush=True)
-    bad = [row for row in rows if row.problem]
-    if arguments.json is not None:
-        payload = {"triton": triton.__version__, "rows": [asdict(row) for row in rows]}
-        arguments.json.write_text(json.dumps(payload, indent=1) + "\n")
-    most = max(rows, key=lambda row: row.registers)
-    print(
-        f"{len(rows)} compilations, {len(bad)} with a problem; at most {most.registers} registers "
-        f"({most.variant}, {most.terms}, r={most.r}, {most.dtype}, {most.arch})"
-    )
-    return 1 if bad else 0
+    # A precompilation begins with whole layers: they are launched first.
+    kernels = given.kernels
+    if given.precompile and kernels == list(REPORTED):
+        kernels = ["layer", "layer of 3", *REPORTED]
+    axes = (given.tokens, given.dtypes, given.ranks, given.terms, given.shapes, kernels)
+    jobs = [
+        Job(variant, terms, r, dtype, T, N, M)
+        for T, dtype, r, terms, (N, M), variant in itertools.product(*axes)
+    ]
+    if not given.precompile:
+        return int(report(jobs, given) > 0)
+    arch, processors = here() if torch.cuda.is_available() else (given.archs[0], PROCESSORS)
+    return int(precompile(jobs, arch, processors, given) > 0)
 
 
 if __name__ == "__main__":

@@ -1,477 +1,199 @@
-"""The mutants of ``tools.mutate``: what is broken, the tests that must notice, and how."""
+"""Break the kernels, the orders and autograd one line at a time, and see that a test notices.
+
+    python -m tools.mutants [WORD]     all of them, or those whose description has the word in it
+
+First the tests must pass on an unchanged copy. Exit status: 0 if every mutant was killed.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import NamedTuple
 
-__all__ = ["MUTANTS", "Mutant"]
+__all__ = ["MUTANTS", "Mutant", "broken"]
+
+ROOT = Path(__file__).parents[1]
 
 
-@dataclass(frozen=True)
-class Mutant:
-    """What is broken, the tests that must notice, and how: a text that occurs once in the file, and
-    what stands there instead.
+class Mutant(NamedTuple):
+    """What is broken in a file of the package, the text that goes, what stands there instead, and
+    the tests that must fail then.
     """
 
-    name: str
-    file: str
     breaks: str
-    tests: tuple[str, ...]
+    file: str
     old: str
     new: str
+    tests: tuple[str, ...]
 
 
-def _in(file: str, *tests: str) -> tuple[str, ...]:
-    """Tests of one file, by name and parameters; all of it if none is named."""
-    path = f"tests/test_{file}.py"
-    return tuple(f"{path}::{test}" for test in tests) or (path,)
-
-
-_COMMON = "pera_kernels/kernels/common.py"
-_ACCUMULATE = "pera_kernels/kernels/accumulate.py"
-_CONTRACT = "pera_kernels/kernels/contract.py"
-_COMPOSE = "pera_kernels/kernels/compose.py"
-_PROJECT = "pera_kernels/kernels/project.py"
-_EXPAND = "pera_kernels/kernels/expand.py"
-_REDUCE = "pera_kernels/kernels/reduce.py"
-_LAUNCH = "pera_kernels/launch.py"
-_CONFIGS = "pera_kernels/configs.py"
-_OPS = "pera_kernels/ops.py"
-_AUTOGRAD = "pera_kernels/autograd.py"
-_TERMS = "pera_kernels/terms.py"
-_DROPOUT = "pera_kernels/dropout.py"
-_LEAN = "pera_kernels/lean.py"
-_LEAN_FACTORS = "pera_kernels/lean_factors.py"
-_LEAN_ADAPTERS = "pera_kernels/lean_adapters.py"
-_LEAN_FEW = "pera_kernels/lean_few.py"
-_LEAN_CACHE = "pera_kernels/lean_cache.py"
-_GROUPS = "pera_kernels/groups.py"
-_FUNCTIONAL = "pera_kernels/functional.py"
-_PLANS = "pera_kernels/plans.py"
-_MODULE = "pera_kernels/module.py"
-_ADAPT = "pera_kernels/adapt.py"
-_MERGING = "pera_kernels/merging.py"
-_CHECKPOINT = "pera_kernels/checkpoint.py"
-_FILES = "pera_kernels/files.py"
-_OFFICIAL = "pera_kernels/official.py"
-_EXPORT = "pera_kernels/export.py"
-_PEFT_LAYER = "pera_kernels/peft/layer.py"
-_GROUP = "test_a_group_obeys_the_numeric_rule"
-_REQUESTED = "test_only_requested_gradients_and_the_same_ones"
-_WAYS = "full-4-33-dtype0-None-0.25"
-# One case of all gradients in float32 with dropout; one in bfloat16; one composed in float32.
-_FACTORED = _in("numerics", "test_triton_kernels[8-full]")
-_HALF = _in("numerics", "test_triton_kernels[5-full]")
-_COMPOSED = _in("numerics", "test_triton_kernels[4-full]")
-_MANY_TOKENS = _in("numerics", "test_variants[triton-many tokens]")
-_PLAIN_DROPOUT = _in("numerics", "test_variants[torch-dropout]")
-_DIFFERENCES = _in("reference", "test_lean_gradients_by_finite_differences")
-_CONTRACTIONS = _in("lean", "test_both_contractions_agree")
-
-# The old text stands above the new one.
-# fmt: off
-MUTANTS: tuple[Mutant, ...] = (
-    # Kernels: pairs and coefficients
-    Mutant("pair-offset", _COMMON, "circular offsets start at 1: no squares", _FACTORED,
-           "tl.maximum(block - 1, 0)",
-           "tl.maximum(block, 0)"),
-    Mutant("stack-row", _COMMON, "members of a stack read the rows of the first",
-           _in("groups", f"{_GROUP}[triton-linear-dtype4-0]"),
-           "row = offs_k // LANES * R",
-           "row = offs_k // LANES"),
-    Mutant("padding-lanes", _COMMON, "the lanes that pad K hold pairs a second time",
-           _in("numerics", "test_triton_kernels[12-cross]"),
-           "live = lane < K",
-           "live = lane < LANES"),
-    Mutant("coefficient-order", _COMMON, "h is read and written by columns of the triangle",
-           _FACTORED,
-           "index = low * (2 * R - low + 1) // 2 + high - low",
-           "index = high * (high + 1) // 2 + low"),
-    Mutant("product-cast", _COMMON, "products of factors are formed in their own dtype", _HALF,
-           "phi = phi.to(tl.float32) * partner.to(tl.float32)",
-           "phi = phi * partner"),
-    Mutant("incidence-parts", _COMMON, "gradients meet the incidence matrix in bfloat16", _FACTORED,
-           "tl.static_range(3)",
-           "tl.static_range(1)"),
-    # Kernels: dropout
-    Mutant("seed-high-word", _COMMON, "half of the seed is not used",
-           _in("dropout", "test_triton_kernels_draw_the_bits_of_the_definition"),
-           "(seed >> 32).to(tl.uint32)",
-           "seed.to(tl.uint32)"),
-    Mutant("mask-columns", _COMMON, "from the second block of columns on the mask is another",
-           _FACTORED,
-           "pair = start // 2 + tl.arange",
-           "pair = start + tl.arange"),
-    Mutant("mask-threshold", _COMMON, "the lot at the threshold is dropped by the kernels",
-           _in("dropout", "test_the_kernels_threshold_is_that_of_the_definition"),
-           "lots.to(tl.int32) >= threshold",
-           "lots.to(tl.int32) > threshold"),
-    Mutant("accumulate-keep-scale", _ACCUMULATE, "dx is not rescaled by 1 / (1 - p)", _FACTORED,
-           "acc = tl.where(keep, acc * keep_scale, 0.0)",
-           "acc = tl.where(keep, acc, 0.0)"),
-    Mutant("contract-dropout", _CONTRACT, "dA is that of x without dropout", _FACTORED,
-           "x = tl.where(keep, x, 0.0)",
-           "x = tl.where(keep, x, x)"),
-    # Kernels: sums, signs, scale, strides
-    Mutant("accumulate-overflow", _ACCUMULATE,
-           "float16 does not overflow where the specification does",
-           _in("numerics", "test_half_precision_overflow_shows_where_the_reference_has_it"),
-           "acc = overflow_as(overflow_as(acc, dtype) * scale, dtype)",
-           "acc = acc * scale"),
-    Mutant("accumulate-sign", _ACCUMULATE, "the update is subtracted", _HALF,
-           "acc += base.to(tl.float32)",
-           "acc = base.to(tl.float32) - acc"),
-    Mutant("compose-scale", _COMPOSE, "s is left out of the composed weight", _COMPOSED,
-           "acc = overflow_as(acc, dtype) * scale",
-           "acc = overflow_as(acc, dtype)"),
-    Mutant("compose-strides", _COMPOSE, "a transposed base weight is read as if it were contiguous",
-           _in("mutants", "test_a_base_weight_of_any_strides"),
-           "rows * stride_base_m + offs_n.to(tl.int64)[None, :] * stride_base_n",
-           "rows * N + offs_n.to(tl.int64)[None, :]"),
-    Mutant("square-once", _CONTRACT, "squares count once in the gradient of a factor", _FACTORED,
-           "df = select_rows(offs_r, j, is_pair, acc * f_i, df)",
-           "df = select_rows(offs_r, j, is_pair & (i != j), acc * f_i, df)"),
-    Mutant("contract-coefficients", _CONTRACT, "gradients of factors are those of h = 1", _FACTORED,
-           "acc *= load_coefficients(h_ptr, i, j, is_pair, R, K, TERMS)[:, None]",
-           "acc *= 1.0"),
-    Mutant("dh-partials", _CONTRACT, "partial sums of dh overwrite each other", _MANY_TOKENS,
-           "row = split_t * tl.num_programs(0) + block_n",
-           "row = block_n"),
-    Mutant("lane-addresses", _CONTRACT, "lanes of the contraction are addressed in 32 bits",
-           _in("guarded_memory", "test_a_contraction_reads_far_lanes"),
-           "offs_k.to(tl.int64)[None, :] * stride_left_k",
-           "offs_k[None, :] * stride_left_k"),
-    Mutant("partial-addresses", _CONTRACT, "partial sums of a gradient are addressed in 32 bits",
-           _in("guarded_memory", "test_a_contraction_writes_far_partial_sums"),
-           "split.to(tl.int64) * stride_df_split",
-           "split * stride_df_split"),
-    Mutant("contract-lanes", _CONTRACT,
-           "programs of several accumulators start at wrong lanes in the contraction",
-           _in("mutants", "test_lanes_over_several_programs_of_several_accumulators"),
-           "split % blocks_k * (PIECES * BLOCK_K)",
-           "split % blocks_k * BLOCK_K"),
-    Mutant("project-scale", _PROJECT, "s is left out of v, and so of dx and dA", _FACTORED,
-           "accs[piece] * scale",
-           "accs[piece]"),
-    Mutant("project-lanes", _PROJECT, "the same in the projection",
-           _in("mutants", "test_lanes_over_several_programs_of_several_accumulators"),
-           "tl.program_id(0) % blocks_k * (PIECES * BLOCK_K)",
-           "tl.program_id(0) % blocks_k * BLOCK_K"),
-    Mutant("project-overlap", _PROJECT, "splits of the features overlap",
-           _in("plans", f"test_every_way[on chip-{_WAYS}]"),
-           "tl.minimum((split + 1) * n_per_split, N)",
-           "N"),
-    Mutant("project-partials", _PROJECT, "partial sums of u overwrite each other",
-           _in("plans", f"test_every_way[on chip-{_WAYS}]"),
-           "u_ptr + split * stride_u_split",
-           "u_ptr + 0 * stride_u_split"),
-    Mutant("project-stride", _PROJECT, "the columns of x are taken for neighbours in memory",
-           _in("numerics", "test_strided_inputs[triton-every other column]"),
-           "offs_n.to(tl.int64)[None, :] * stride_x_n",
-           "offs_n.to(tl.int64)[None, :]"),
-    Mutant("expand-rounding", _EXPAND, "products are rounded before and after the coefficient",
-           _in("mutants", "test_an_expansion_is_rounded_once"),
-           "    if HAS_H:\n        phi *=",
-           "    if HAS_H:\n        phi = round_to(phi, phi_ptr.dtype.element_ty).to(tl.float32)\n"
-           "        phi *="),
-    Mutant("sum-last-part", _REDUCE, "the last partial result is left out", _FACTORED,
-           "mask=(offs_p < parts)[:, None]",
-           "mask=(offs_p < parts - 1)[:, None]"),
-    Mutant("sum-first-parts", _REDUCE, "partial results beyond the first 16 are left out",
-           _in("numerics", "test_triton_kernels[64-full]"),
-           "range(0, parts, BLOCK_P)",
-           "range(0, tl.minimum(parts, BLOCK_P), BLOCK_P)"),
-    # Launchers and ops
-    Mutant("coefficients-twice", _LAUNCH, "coefficients are in u and v already, and come again",
-           _in("plans", f"test_every_way[in memory-{_WAYS}]"),
-           "replace(source.factor, h=None)",
-           "source.factor"),
-    Mutant("u-stride", _LAUNCH, "a slice of u is read as if it were all of it",
-           _in("groups", f"{_GROUP}[triton-linear-dtype4-0]"),
-           "stride_u_t=u.stride(0)",
-           "stride_u_t=lanes"),
-    Mutant("pending-sums", _LAUNCH, "the third of three split projections is not summed",
-           _in("mutants", "test_every_split_projection_is_summed"),
-           "sum_partials(pending[start : start + 3])",
-           "sum_partials(pending[start : start + 2])"),
-    Mutant("tf32", _LAUNCH, "float32 is tf32 on a GPU without having been asked for",
-           _in("mutants", "test_single_precision_is_exact_unless_torch_allows_tf32"),
-           "dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32",
-           "dtype == torch.float32"),
-    Mutant("address-width", _LAUNCH, "offsets of a factor pass 32 bits",
-           _in("mutants", "test_factors_out_of_32_bits_are_copied"),
-           "return factor if reach < 2**31 else factor.contiguous()",
-           "return factor"),
-    Mutant("split-short", _CONFIGS, "the last, shorter split is not launched",
-           _in("launches", "test_split_covers_everything_once"),
-           "return -(-blocks // per_part), per_part * granule",
-           "return max(1, blocks // per_part), per_part * granule"),
-    Mutant("sums-left-out", _OPS, "the third of three split gradients is not summed", _FACTORED,
-           "launch.sum_partials(sums[start : start + 3])",
-           "launch.sum_partials(sums[start : start + 2])"),
-    Mutant("needs-h", _OPS, "dh is made where dB is asked for",
-           _in("autograd", f"{_REQUESTED}[triton-(False, False, False, True)-factored]"),
-           "need_B, need_h = needs[3 * g + 1], needs[3 * g + 2] and",
-           "need_B, need_h = needs[3 * g + 1], needs[3 * g + 1] and"),
-    Mutant("needs-A-of-a-group", _OPS, "dA of a group is made where the first layer asks for it",
-           _in("groups", "test_partial_gradients[triton]"),
-           "need_A = any(needs[0::3])",
-           "need_A = needs[0]"),
-    Mutant("base-out-stride", _OPS, "a base layer's transposed output is read as if it were not",
-           _in("mutants", "test_a_base_output_of_any_strides_is_not_written_to[triton]"),
-           "return x if x.stride(-1) == 1 else x.contiguous()",
-           "return x"),
-    Mutant("empty-gradients", _OPS, "gradients of an empty batch are uninitialised memory",
-           _in("mutants", "test_gradients_of_no_tokens_are_zero[triton]"),
-           "dA, dB, dh = (gradient.zero_() for gradient in gradients)",
-           "dA, dB, dh = gradients"),
-    # Autograd
-    Mutant("need-u", _AUTOGRAD, "u is not kept for dh alone",
-           _in("autograd", f"{_REQUESTED}[torch-(False, False, False, True)-factored]"),
-           "need_u = need_B or need_h",
-           "need_u = need_B"),
-    Mutant("base-gradient", _AUTOGRAD, "a base layer that is called gets no gradient",
-           _in("module", "test_any_linear_like_base_is_called[torch-0.0]"),
-           "return dx, None, None, dy if need_base else None, dA",
-           "return dx, None, None, None, dA"),
-    Mutant("double-backward", _AUTOGRAD, "a second derivative is silently wrong",
-           _in("autograd", "test_second_derivative_is_refused[torch]"),
-           "    @once_differentiable\n    def backward(ctx, dy):",
-           "    def backward(ctx, dy):"),
-    Mutant("backward-seed", _AUTOGRAD, "the backward draws another dropout mask", _PLAIN_DROPOUT,
-           "u if keep_u else None, weight, A, B, h, seed)",
-           "u if keep_u else None, weight, A, B, h, None if seed is None else seed + 1)"),
-    Mutant("autocast-weight", _AUTOGRAD,
-           "the backward under autocast takes the weight as it is stored",
-           _in("autograd", "test_autocast_matches_half_precision_input[torch]"),
-           "in_dtype_of(dy, weight)",
-           "weight"),
-    # Terms, specification, definition of dropout
-    Mutant("public-order", _TERMS, "h stands by columns of the triangle", _in("terms"),
-           "return [(i, j) for i in range(r) for j in range(i + first, r)]",
-           "return [(i, j) for j in range(r) for i in range(j + 1 - first)]"),
-    Mutant("half-block", _TERMS, "for even ranks the last block has every pair twice", _in("terms"),
-           "lanes = r // 2 if d > 0 and 2 * d == r else r",
-           "lanes = r"),
-    Mutant("lane-groups", _TERMS, "rows of u are not whole vectors",
-           _in("mutants", "test_lanes_are_whole_groups_of_16_and_no_more"),
-           "return (K + LANE_GROUP - 1) // LANE_GROUP * LANE_GROUP",
-           "return K"),
-    Mutant("constant-seed", _DROPOUT, "every call drops the same elements",
-           _in("dropout", "test_seed_follows_the_default_generator"),
-           "return torch.randint(0, 2**62, (1,), dtype=torch.int64, device=device)",
-           "return torch.full((1,), 2**31, dtype=torch.int64, device=device)"),
-    Mutant("definition-threshold", _DROPOUT, "the lot at the threshold is dropped by definition",
-           _in("mutants", "test_an_element_whose_lot_is_the_threshold_survives"),
-           "[:, :N] >= drop_threshold(p)",
-           "[:, :N] > drop_threshold(p)"),
-    # The torch backend
-    Mutant("lean-composed-dx", _LEAN, "the composed dx leaves the adapter out",
-           _in("numerics", "test_variants[torch-composed]"),
-           "dx = rows @ _composed_weight(weight, A, B, h, scale, terms)",
-           "dx = rows @ weight"),
-    Mutant("base-out-in-place", _LEAN, "the update is written into the base layer's own output",
-           _in("mutants", "test_a_base_output_of_any_strides_is_not_written_to[torch]"),
-           "tokens(base_out.clone(memory_format=torch.contiguous_format))",
-           "tokens(base_out)"),
-    Mutant("gathered-square-once", _LEAN_FACTORS, "squares count once in the gathered contraction",
-           _CONTRACTIONS,
-           "diagonal.mul_(2.0)",
-           "diagonal.mul_(1.0)"),
-    Mutant("last-offset", _LEAN_FACTORS, "the last circular offset is left out of the contraction",
-           _CONTRACTIONS,
-           "for d in range(1, extra + 1):",
-           "for d in range(1, extra):"),
-    Mutant("rest-of-the-lanes", _LEAN_FACTORS, "lanes beyond whole blocks are left out of a sum",
-           _in("lean", "test_product_of_any_number_of_lanes"),
-           "return out if split == K else",
-           "return out if blocks else"),
-    Mutant("lane-by-lane", _LEAN_FACTORS, "few rows are summed lane by lane",
-           _in("regressions", "test_one_token_is_not_summed_onto_its_base_lane_by_lane"),
-           "if blocks < 2 or not",
-           "if blocks or not"),
-    Mutant("onto-the-base", _LEAN_ADAPTERS, "few rows are summed onto the base's output",
-           _in("regressions", "test_one_token_is_not_summed_onto_its_base_lane_by_lane"),
-           "if summed_lane_by_lane(out.shape, out.dtype):",
-           "if False:"),
-    Mutant("dh-order", _LEAN_FACTORS, "dh is in circular order", _DIFFERENCES,
-           "            [row[pair] for pair in kept],",
-           "            sorted(row[pair] for pair in kept),"),
-    Mutant("lean-rounding", _LEAN_FACTORS, "products are rounded before and after the coefficient",
-           _in("mutants", "test_an_expansion_is_rounded_once"),
-           "if c is not None or factor.dtype != dtype:",
-           "if factor.dtype != dtype:"),
-    Mutant("lean-cast", _LEAN_FACTORS,
-           "products are formed in the factor's dtype, whatever is asked for",
-           _in("mutants", "test_an_expansion_is_rounded_once"),
-           "if c is not None or factor.dtype != dtype:",
-           "if c is not None:"),
-    Mutant("lean-keep-scale", _LEAN_ADAPTERS, "u is not rescaled by 1 / (1 - p)", _PLAIN_DROPOUT,
-           "            u.mul_(adapters.keep_scale())",
-           "            u.mul_(1.0)"),
-    Mutant("lean-dx-base", _LEAN_ADAPTERS, "under dropout dx leaves the base out", _PLAIN_DROPOUT,
-           "                dx = part if dx is None else dx.add_(part)",
-           "                dx = part"),
-    Mutant("zero-h-trains", _LEAN_ADAPTERS, "coefficients that start at zero are taken for frozen",
-           _in("autograd", "test_first_step_moves_B_alone[torch]"),
-           "frozen = not any(h is not None and h.requires_grad for h in adapters.hs)",
-           "frozen = True"),
-    Mutant("few-square-once", _LEAN_FEW, "squares count once in the Gram matrices",
-           _in("lean", "test_boundary_of_few_tokens[0-7-full-torch.float32]"),
-           "diagonal.mul_(2.0)",
-           "diagonal.mul_(1.0)"),
-    Mutant("cache-version", _LEAN_CACHE, "training keeps expansions of parameters that change",
-           _in("lean", "test_training_keeps_nothing"),
-           ", A._version, B._version, h._version)",
-           ")"),
-    Mutant("cache-bits", _LEAN_CACHE, "a write through .data is not seen",
-           _in("lean", "test_a_change_is_seen"),
-           "if all(torch.equal(_bits(p), copy) for p, copy in pairs):",
-           "if list(pairs):"),
-    Mutant("cache-folded", _LEAN_CACHE, "training uses the expansions that evaluation keeps",
-           _in("mutants", "test_what_evaluation_keeps_is_not_used_in_training"),
-           "key = (scale, terms, dtype, folded,",
-           "key = (scale, terms, dtype,"),
-    # Groups
-    Mutant("group-identity", _GROUPS, "outputs that wait are used for another input",
-           _in("groups", "test_layers_called_apart_are_still_right"),
-           "if self.of() is x and self.key == key",
-           "if self.key == key"),
-    Mutant("group-input-version", _GROUPS,
-           "outputs that wait are used after the input changed in place",
-           _in("mutants", "test_an_input_changed_in_place_is_not_the_same_input"),
-           "            x._version,\n",
-           ""),
-    Mutant("group-layer-version", _GROUPS, "outputs that wait are used after a parameter changed",
-           _in("groups", "test_outputs_of_a_changed_layer_are_computed_again"),
-           "(id(t), t._version, t.requires_grad)",
-           "(id(t), t.requires_grad)"),
-    Mutant("group-thawed", _GROUPS, "outputs that wait are used after a parameter was thawed",
-           _in("mutants", "test_a_parameter_thawed_between_two_calls_gets_its_gradient"),
-           "(id(t), t._version, t.requires_grad)",
-           "(id(t), t._version)"),
-    Mutant("group-autocast", _GROUPS, "outputs of autocast are used outside",
-           _in("mutants", "test_outputs_of_autocast_are_not_used_outside"),
-           "torch.is_autocast_enabled(device_type) and torch.get_autocast_dtype(device_type)",
-           "False"),
-    Mutant("group-rebinding", _GROUPS,
-           "a variable that is assigned in between counts as the same input",
-           _in("groups", "test_what_cannot_be_proved_stays_alone"),
-           "not any(_rebinds(statement, variable) for statement in between)",
-           "between"),
-    Mutant("group-backward", _GROUPS,
-           "outputs that wait are used after a backward freed their graph",
-           _in("groups", "test_outputs_are_not_used_after_a_backward"),
-           "            node.register_prehook(forget)",
-           "            pass"),
-    Mutant("group-scale", _GROUPS, "a group computes all layers with the scale of one",
-           _in("mutants",
-               "test_layers_that_compute_differently_are_not_grouped",
-               "test_options_changed_later_dissolve_the_group"),
-           "        layer.scale,\n        layer.dropout,",
-           "        layer.dropout,"),
-    Mutant("group-eval-dropout", _GROUPS, "groups drop in evaluation",
-           _in("mutants", "test_a_group_drops_nothing_in_evaluation"),
-           "layer.dropout if layer.training else 0.0",
-           "layer.dropout"),
-    # Public functions, plans, the module
-    Mutant("base-requires-grad", _FUNCTIONAL,
-           "a base weight that wants a gradient gets none, silently",
-           _in("autograd", "test_a_base_that_wants_gradients_is_refused"),
-           "            if tensor is not None and tensor.requires_grad:",
-           "            if tensor is None:"),
-    Mutant("frozen-zero-trains", _FUNCTIONAL, "coefficients that start at zero never move",
-           _in("frozen_coefficients", "test_trained_zeros_are_computed_with"),
-           "if h.requires_grad or torch.compiler.is_compiling()",
-           "if torch.compiler.is_compiling()"),
-    Mutant("auto-half", _PLANS, "half precision is composed by itself and loses entries of ΔW",
-           _in("plans", "test_auto_stays_factored"),
-           "or dtype not in (torch.float32, torch.float64) or",
-           "or"),
-    Mutant("scale-over-K", _MODULE, "s is alpha / K", _in("module", "test_initialisation"),
-           "return self.alpha / self.r",
-           "return self.alpha / (self.r + (0 if self.pera_h is None else len(self.pera_h)))"),
-    Mutant("eval-dropout", _MODULE, "layers drop in evaluation",
-           _in("dropout", "test_no_dropout_in_eval_mode[torch]"),
-           "self.dropout if self.training else 0.0",
-           "self.dropout"),
-    Mutant("merge-twice", _MODULE, "a second merge takes the merged weight for W0",
-           _in("module", "test_merge_and_unmerge"),
-           "        if self.merged:\n            return\n        merged =",
-           "        merged ="),
-    Mutant("merge-in-half", _MODULE, "ΔW is rounded to half precision before it is merged",
-           _in("module", "test_merge_and_unmerge"),
-           "work = torch.promote_types(self.weight.dtype, torch.float32)",
-           "work = self.weight.dtype"),
-    Mutant("unmerge", _MODULE, "unmerging leaves the merged weight",
-           _in("module", "test_merge_and_unmerge"),
-           "        self.weight.copy_(self.base_weight())\n",
-           ""),
-    Mutant("state-while-merged", _MODULE,
-           "a state dict taken while merged counts the adapter twice",
-           _in("module", "test_a_checkpoint_taken_while_merged_counts_the_adapter_once"),
-           'if self.merged and prefix + "weight" in destination:',
-           'if not self.merged and prefix + "weight" in destination:'),
-    Mutant("load-while-merged", _MODULE, "a state dict is loaded into the merged weight",
-           _in("module", "test_loading_into_a_merged_layer_replaces_weight_and_adapter"),
-           "        self.unmerge()\n        super()._load",
-           "        super()._load"),
-    Mutant("disabled-nested", _MODULE, "leaving an inner disabled() enables the adapter",
-           _in("module", "test_disabled_is_the_base_and_survives_nesting_and_exceptions"),
-           "self._disabled_depth -= 1",
-           "self._disabled_depth = 0"),
-    # Models and files
-    Mutant("inject-restores", _ADAPT, "an injection that fails leaves layers frozen",
-           _in("mutants", "test_an_injection_that_fails_half_way_leaves_everything_trainable"),
-           "            parameter.requires_grad_(requires_grad)\n        raise",
-           "            pass\n        raise"),
-    Mutant("h-decay", _ADAPT, "coefficients decay", _in("adapt", "test_parameter_groups"),
-           '"lr": lr_h, "weight_decay": 0.0}',
-           '"lr": lr_h, "weight_decay": weight_decay}'),
-    Mutant("merge-rollback", _MERGING, "a merge that fails leaves a layer merged",
-           _in("merging", "test_one_bad_layer_changes_none"),
-           "for layer in done:",
-           "for layer in done[1:]:"),
-    Mutant("merge-shared", _MERGING, "merging changes a module that shares the weight",
-           _in("merging", "test_shared_weights_are_named"),
-           "if start < end and first < stop and other != name",
-           "if start < end < first and other != name"),
-    Mutant("digest", _CHECKPOINT, "a flipped bit in a checkpoint is not seen",
-           _in("checkpoint", "test_a_damaged_file"),
-           "if digest is not None and digest != _digest(stored, tensors):",
-           "if digest is None:"),
-    Mutant("newer-format", _CHECKPOINT,
-           "a checkpoint of a newer format is read as if it were of this one",
-           _in("checkpoint", "test_a_configuration_that_does_not_fit[newer]"),
-           "if version > FORMAT_VERSION:",
-           "if version < FORMAT_VERSION:"),
-    Mutant("load-alpha", _CHECKPOINT, "a checkpoint's scale is not taken over",
-           _in("checkpoint", "test_round_trip_into_adapters"),
-           '        layers[name].alpha = float(adapter.options[name]["alpha"])\n',
-           ""),
-    Mutant("load-into-merged", _CHECKPOINT, "an adapter is loaded beside the one that is merged",
-           _in("mutants", "test_an_adapter_loaded_into_merged_layers_counts_alone"),
-           "        layers[name].unmerge()\n",
-           ""),
-    Mutant("atomic-replace", _FILES, "a checkpoint is written in its place",
-           _in("checkpoint", "test_an_interrupted_save_leaves_the_old_checkpoint"),
-           "new = Path(name)",
-           "new = path"),
-    Mutant("official-scale", _OFFICIAL, "a released checkpoint is scaled by 1 / r",
-           _in("checkpoint", "test_official"),
-           '"alpha": float(r) if alpha is None else alpha',
-           '"alpha": 1.0 if alpha is None else alpha'),
-    Mutant("pickled-code", _OFFICIAL, "loading a file can run code",
-           _in("checkpoint", "test_a_pickle_with_code_does_not_run"),
-           'map_location="cpu", weights_only=True)',
-           'map_location="cpu", weights_only=False)'),
-    Mutant("export-scale", _EXPORT, "s is left out of an exported LoRA",
-           _in("export", "test_under_the_numeric_rule"),
-           "phi_B * view.scale if fold_scale else phi_B",
-           "phi_B"),
-    Mutant("peft-transposed", _PEFT_LAYER, "ΔW is not transposed for a Conv1D",
-           _in("peft", "test_merge_and_unmerge[gpt2]"),
-           "return delta.t() if self.fan_in_fan_out else delta",
-           "return delta"),
+# All gradients in float32 with dropout; in bfloat16; composed in float32; split over many tokens.
+FACTORED = ("tests/test_numerics.py::test_triton_kernels[8-full]",)
+HALF = ("tests/test_numerics.py::test_triton_kernels[5-full]",)
+COMPOSED = ("tests/test_numerics.py::test_triton_kernels[4-full]",)
+MANY_TOKENS = ("tests/test_numerics.py::test_variants[triton-many tokens]",)
+CROSS = ("tests/test_numerics.py::test_triton_kernels[12-cross]",)
+WAYS = ("tests/test_plans.py::test_every_way",)
+SHARED = ("tests/test_shared_inputs.py::test_the_numeric_rule",)
+REQUESTED = ("tests/test_autograd.py::test_only_requested_gradients_and_the_same_ones",)
+OVERFLOW = (
+    "tests/test_numerics.py::test_half_precision_overflow_shows_where_the_reference_has_it",
 )
+DROPOUT = ("tests/test_dropout.py",)
+FAR_LANES = ("tests/test_guarded_memory.py::test_operands_whose_rows_or_columns_lie_far_apart",)
+FAR_SUMS = ("tests/test_guarded_memory.py::test_a_contraction_writes_far_partial_sums",)
+STRIDED = ("tests/test_numerics.py::test_strided_inputs",)
+
+# fmt: off
+_TABLE: dict[str, tuple[tuple[str, str, str, tuple[str, ...]], ...]] = {
+    "kernels/pair_tiles.py": (
+        ("circular offsets start at 1: no squares",
+         "tl.maximum(block - 1, 0)", "tl.maximum(block, 0)", FACTORED),
+        ("members of a stack read the rows of the first",
+         "row = offs_k // LANES * R", "row = offs_k // LANES", SHARED),
+        ("the lanes that pad K hold pairs a second time", "live = lane < K", "live = lane < LANES",
+         CROSS),
+        ("h is read and written by columns of the triangle",
+         "index = low * (2 * R - low + 1) // 2 + high - low",
+         "index = high * (high + 1) // 2 + low", FACTORED),
+        ("products of factors are formed in their own dtype",
+         "phi = phi.to(tl.float32) * partner.to(tl.float32)", "phi = phi * partner", HALF),
+    ),
+    "kernels/tile_math.py": (
+        ("gradients are sent to their rows in bfloat16",
+         "tl.static_range(3)", "tl.static_range(1)", FACTORED),
+        ("half of the seed is not used",
+         "(seed >> 32).to(tl.uint32)", "seed.to(tl.uint32)", DROPOUT),
+        ("from the second block of columns on the mask is another",
+         "pair = start // 2 + tl.arange", "pair = start + tl.arange", FACTORED),
+        ("the lot at the threshold is dropped by the kernels",
+         "lots.to(tl.int32) >= threshold", "lots.to(tl.int32) > threshold", DROPOUT),
+    ),
+    "kernels/accumulate.py": (
+        ("dx is not rescaled by 1 / (1 - p)",
+         "acc = tl.where(keep, acc * keep_scale, 0.0)", "acc = tl.where(keep, acc, 0.0)", FACTORED),
+        ("float16 does not overflow where the specification does",
+         "acc = overflow_as(overflow_as(acc, dtype) * scale, dtype)", "acc = acc * scale",
+         OVERFLOW),
+        ("the update is subtracted",
+         "acc += base.to(tl.float32)", "acc = base.to(tl.float32) - acc", HALF),
+        ("a slice of u is read as if it were all of it",
+         "stride_u_t=u.stride(0)", "stride_u_t=lanes", SHARED),
+    ),
+    "kernels/compose.py": (
+        ("s is left out of the composed weight",
+         "acc = overflow_as(acc, dtype) * scale", "acc = overflow_as(acc, dtype)", COMPOSED),
+    ),
+    "kernels/contract.py": (
+        ("dA is that of x without dropout",
+         "x = tl.where(keep, x, 0.0)", "x = tl.where(keep, x, x)", FACTORED),
+        ("squares count once in the gradient of a factor",
+         "df = select_rows(offs_r, j, is_pair, acc * f_i, df)",
+         "df = select_rows(offs_r, j, is_pair & (i != j), acc * f_i, df)", FACTORED),
+        ("gradients of factors are those of h = 1",
+         "acc *= load_coefficients(h_ptr, i, j, is_pair, R, K, TERMS)[:, None]", "acc *= 1.0",
+         FACTORED),
+        ("partial sums of dh overwrite each other",
+         "row = split_t * tl.num_programs(0) + block_n", "row = block_n", MANY_TOKENS),
+        ("lanes are addressed in 32 bits",
+         "offs_k.to(tl.int64)[None, :] * stride_left_k", "offs_k[None, :] * stride_left_k",
+         FAR_LANES),
+        ("partial sums of a gradient are addressed in 32 bits",
+         "split.to(tl.int64) * stride_df_split", "split * stride_df_split", FAR_SUMS),
+    ),
+    "kernels/project.py": (
+        ("s is left out of v, and so of dx and dA", "accs[piece] * scale", "accs[piece]", FACTORED),
+        ("splits of the features overlap",
+         "tl.minimum((split + 1) * n_per_split, N)", "N", WAYS),
+        ("partial sums of u overwrite each other",
+         "u_ptr + split * stride_u_split", "u_ptr + 0 * stride_u_split", WAYS),
+        ("the columns of x are taken for neighbours in memory",
+         "offs_n.to(tl.int64)[None, :] * stride_x_n", "offs_n.to(tl.int64)[None, :]", STRIDED),
+    ),
+    "kernels/reduce.py": (
+        ("the last partial result is left out",
+         "mask=(offs_p < parts)[:, None]", "mask=(offs_p < parts - 1)[:, None]", FACTORED),
+        ("partial results beyond the first 16 are left out",
+         "range(0, parts, BLOCK_P)", "range(0, tl.minimum(parts, BLOCK_P), BLOCK_P)",
+         ("tests/test_numerics.py::test_triton_kernels[64-full]",)),
+    ),
+    "kernels/tiles.py": (
+        ("the last, shorter split is not launched",
+         "return -(-blocks // per_part), per_part * granule",
+         "return max(1, blocks // per_part), per_part * granule",
+         ("tests/test_launches.py::test_split_covers_everything_once",)),
+    ),
+    "terms.py": (
+        ("lanes stand in another order than their coefficients",
+         "j = (i + lane // r + first) % r", "j = (i + lane // r + first + 1) % r",
+         ("tests/test_terms.py", "tests/test_torch_backend.py")),
+    ),
+    "autograd.py": (
+        ("u is not kept for dh alone", "need_u, composed = need_B or need_h,",
+         "need_u, composed = need_B,", REQUESTED),
+        ("a base layer that is called gets no gradient",
+         "dout = dy if ctx.needs_input_grad[3] else None", "dout = None",
+         ("tests/test_module.py",)),
+    ),
+}
 # fmt: on
+MUTANTS = tuple(
+    Mutant(breaks, f"pera_kernels/{file}", old, new, tests)
+    for file, rows in _TABLE.items()
+    for breaks, old, new, tests in rows
+)
+
+
+def broken(mutant: Mutant, root: Path = ROOT) -> str:
+    """The file's text with the mutant in it; its old text must stand there once."""
+    source = (root / mutant.file).read_text(encoding="utf-8")
+    if (count := source.count(mutant.old)) != 1:
+        raise ValueError(f"{mutant.old!r} stands {count} times in {mutant.file}, not once")
+    return source.replace(mutant.old, mutant.new)
+
+
+def passes(tests: tuple[str, ...], mutant: Mutant | None) -> bool:
+    """Whether the tests pass on a copy of the tree with the mutant in it."""
+    with tempfile.TemporaryDirectory() as folder:
+        copied = [ROOT / "pera_kernels", ROOT / "tests"]
+        for path in copied:
+            ignore = shutil.ignore_patterns("__pycache__")
+            shutil.copytree(path, Path(folder) / path.name, ignore=ignore)
+        shutil.copy(ROOT / "pyproject.toml", folder)
+        if mutant is not None:
+            (Path(folder) / mutant.file).write_text(broken(mutant), encoding="utf-8")
+        command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider"]
+        # Slow tests too.
+        command += ["-m", "", *tests]
+        # No bytecode: a mutant of the same size and second would be taken for what it replaced.
+        own = {**os.environ, "PYTHONPATH": folder, "PYTHONDONTWRITEBYTECODE": "1"}
+        done = subprocess.run(command, cwd=folder, env=own, capture_output=True, text=True)
+    if done.returncode not in (0, 1):
+        raise RuntimeError(f"pytest ended with {done.returncode}\n{done.stdout}{done.stderr}")
+    return done.returncode == 0
+
+
+def main(words: list[str]) -> int:
+    chosen = [own for own in MUTANTS if all(word in own.breaks for word in words)]
+    tests = tuple(dict.fromkeys(test for own in chosen for test in own.tests))
+    if not passes(tests, None):
+        print("the tests do not pass without a mutant", file=sys.stderr)
+        return 2
+    survivors = 0
+    for mutant in chosen:
+        survived = passes(mutant.tests, mutant)
+        survivors += survived
+        print(
+            f"{'SURVIVED' if survived else 'killed':<9}{mutant.file}: {mutant.breaks}", flush=True
+        )
+    print(f"{len(chosen)} mutants, {survivors} survived")
+    return int(survivors > 0)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

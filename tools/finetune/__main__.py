@@ -2,12 +2,13 @@
 
 import argparse
 import math
+import re
 import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import FrameType
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import torch
 
@@ -69,17 +70,14 @@ def term_names(text: str) -> tuple[Terms, ...]:
 
 def device_name(text: str) -> torch.device:
     """The CPU or a CUDA device that is there; "auto" prefers CUDA."""
-    if text == "auto":
-        text = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        device = torch.device(text)
-    except RuntimeError:
-        raise argparse.ArgumentTypeError(f"{text!r} is none of auto, cpu, cuda, cuda:N") from None
-    if device.type not in ("cpu", "cuda"):
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    text = ("cuda" if count else "cpu") if text == "auto" else text
+    if not re.fullmatch(r"cpu|cuda(:\d+)?", text):
         raise argparse.ArgumentTypeError(f"{text!r} is none of auto, cpu, cuda, cuda:N")
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+    device = torch.device(text)
+    if device.type == "cuda" and (device.index or 0) >= count:
         raise argparse.ArgumentTypeError(
-            f"there is no {text!r} here: PyTorch sees {torch.cuda.device_count()} CUDA devices"
+            f"there is no {text!r} here: PyTorch sees {count} CUDA devices"
         )
     return device
 
@@ -93,57 +91,28 @@ def build_parser() -> OneLineParser:
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
+
+    def add(name: str, parse: Callable[[str], Any], default: Any, text: str) -> None:
+        shown = "" if default is None else " (default: %(default)s)"
+        parser.add_argument(name, type=parse, default=default, help=text + shown)
+
     count = whole_number(1)
-    add = parser.add_argument
-    add("--rank", type=count, default=4, help="rank of the adapters (default: %(default)s)")
-    add(
-        "--terms",
-        type=term_names,
-        default="linear,square,full",
-        help=f"which adapters to train, of {','.join(TERMS)}; linear is LoRA, at this rank and "
-        "with as many parameters as PERA; full is trained with h at --lr too "
-        "(default: %(default)s)",
-    )
-    add("--steps", type=count, default=300, help="steps of adaptation (default: %(default)s)")
-    add(
-        "--pretrain-steps",
-        type=count,
-        default=700,
-        help="steps of training the base model (default: %(default)s)",
-    )
-    add("--batch", type=count, default=8, help="windows of 128 bytes a step (default: %(default)s)")
-    add(
-        "--lr",
-        type=learning_rate,
-        default=1.5e-2,
-        help="learning rate of A and B (default: %(default)s)",
-    )
-    add(
-        "--lr-h",
-        type=learning_rate,
-        help="learning rate of the coefficients h, not a multiple "
-        f"(default: {LR_H_MULTIPLE} times --lr)",
-    )
-    add(
-        "--device",
-        type=device_name,
-        default="auto",
-        help="auto, cpu, cuda or cuda:N (default: cuda where there is one)",
-    )
-    add(
-        "--threads",
-        type=count,
-        default=1,
-        help="CPU threads; more can be a little faster, and much slower on a busy computer "
-        "(default: %(default)s)",
-    )
-    add("--seed", type=whole_number(0), default=0, help="seed of everything (default: %(default)s)")
-    add(
-        "--out",
-        type=Path,
-        default=Path("finetune_out"),
-        help="folder for results.json, loss.png, base.pt and adapter_*/ (default: %(default)s)",
-    )
+    add("--rank", count, 4, "rank of the adapters")
+    terms = f"which adapters to train, of {','.join(TERMS)}; linear is LoRA, at this rank and with "
+    terms += "as many parameters as PERA; full is trained with h at --lr too"
+    add("--terms", term_names, "linear,square,full", terms)
+    add("--steps", count, 300, "steps of adaptation")
+    add("--pretrain-steps", count, 700, "steps of training the base model")
+    add("--batch", count, 8, "windows of 128 bytes a step")
+    add("--lr", learning_rate, 1.5e-2, "learning rate of A and B")
+    own_rate = "learning rate of the coefficients h, not a multiple"
+    add("--lr-h", learning_rate, None, f"{own_rate} (default: {LR_H_MULTIPLE} times --lr)")
+    add("--device", device_name, "auto", "auto (cuda where there is one), cpu, cuda or cuda:N")
+    threads = "CPU threads; more can be a little faster, and much slower on a busy computer"
+    add("--threads", count, 1, threads)
+    add("--seed", whole_number(0), 0, "seed of everything")
+    files = "folder for results.json, loss.png, base.pt and adapter_*/"
+    add("--out", Path, Path("finetune_out"), files)
     return parser
 
 

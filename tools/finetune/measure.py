@@ -2,6 +2,7 @@
 
 import importlib.metadata
 import math
+import os
 import platform
 import subprocess
 import sys
@@ -96,7 +97,12 @@ def triton_version() -> str | None:
 
 
 def git_commit() -> str | None:
-    """This checkout's commit, marked "-dirty" after changes; None outside a checkout."""
+    """This checkout's commit, marked "-dirty" after changes; None outside a checkout.
+
+    A copy of the tree without .git is told by the environment variable PERA_COMMIT.
+    """
+    if given := os.environ.get("PERA_COMMIT"):
+        return given
     try:
         answer = subprocess.run(
             ["git", "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"],

@@ -1,5 +1,6 @@
-"""What a compiled kernel's machine code says: instructions, products and bytes, of its main loop
-and of the rest. NVIDIA's SASS, read by the disassembler in Triton's wheel.
+"""Machine instructions of a kernel compiled for NVIDIA: of its main loop, and of the rest.
+
+Read from the listing (SASS) that the disassembler in Triton's wheel makes of a cubin.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-__all__ = ["Code", "Count", "disassemble", "read"]
+__all__ = ["Count", "count", "cuobjdump"]
 
 # "        /*0a30*/                   LDG.E.128 R4, [R2.64] ;"
 INSTRUCTION = re.compile(r"/\*([0-9a-f]{4,6})\*/\s+(?:@!?U?P[0-9T]+ )?([A-Z][A-Z0-9_.x]*)([^;]*);")
@@ -21,8 +22,8 @@ WARP = 32
 
 @dataclass(frozen=True)
 class Count:
-    """Per warp: instructions issued, multiply-adds on the matrix units and elsewhere, bytes moved
-    between global memory and the multiprocessor, and how many loads were narrower than 16 bytes.
+    """Of one warp: instructions, multiply-adds on matrix units and elsewhere, bytes moved between
+    global memory and the multiprocessor, and loads with how many were narrower than 16 bytes.
     """
 
     instructions: int = 0
@@ -32,63 +33,56 @@ class Count:
     loads: int = 0
     narrow_loads: int = 0
 
-    @property
-    def products(self) -> int:
-        return self.matrix + self.scalar
 
-
-@dataclass(frozen=True)
-class Code:
-    """The loop with the most products, one pass through its body, and everything outside it."""
-
-    loop: Count
-    rest: Count
-
-
-def disassemble(cubin: bytes) -> str:
+def cuobjdump(cubin: bytes, option: str) -> str:
+    """What the tool in Triton's wheel says about a cubin: ``-sass`` or ``-res-usage``."""
     import triton
 
     tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "kernel.cubin"
         path.write_bytes(cubin)
-        command = [str(tool), "-sass", str(path)]
+        command = [str(tool), option, str(path)]
         return subprocess.run(command, check=True, capture_output=True, text=True).stdout
 
 
-def read(listing: str) -> Code:
-    """Count a listing. A loop is what a backward branch encloses; of nested or several loops the
-    main one is the innermost of those with the most products.
+def count(listing: str) -> tuple[Count, Count]:
+    """The loop with the most multiply-adds, one pass through its body, and everything outside it.
+
+    A loop is what a backward branch encloses; of nested ones with the same products the innermost.
     """
     code = [(int(m[1], 16), m[2], m[3]) for m in INSTRUCTION.finditer(listing)]
     if not code:
         raise ValueError("the listing has no instructions")
-    best: tuple[int, int] = (0, -1)
-    most, shortest = 0, 0
+    loops = [(0, -1)]
     for address, opcode, operands in code:
         target = re.search(r"0x([0-9a-f]+)", operands)
-        if not opcode.startswith("BRA") or target is None or int(target[1], 16) >= address:
-            continue
-        bounds = int(target[1], 16), address
-        body = [line for line in code if bounds[0] <= line[0] <= bounds[1]]
-        products = _count(body).products
-        if products > most or (products == most and products and len(body) < shortest):
-            best, most, shortest = bounds, products, len(body)
-    inside = [line for line in code if best[0] <= line[0] <= best[1]]
-    outside = [line for line in code if not best[0] <= line[0] <= best[1]]
-    return Code(_count(inside), _count(outside))
+        if opcode.startswith("BRA") and target and int(target[1], 16) < address:
+            loops.append((int(target[1], 16), address))
+
+    def body(loop: tuple[int, int]) -> list[str]:
+        return [opcode for address, opcode, _ in code if loop[0] <= address <= loop[1]]
+
+    def products_then_shortness(loop: tuple[int, int]) -> tuple[int, int]:
+        own = _count(body(loop))
+        return own.matrix + own.scalar, -own.instructions
+
+    main = max(loops, key=products_then_shortness)
+    rest = [opcode for address, opcode, _ in code if not main[0] <= address <= main[1]]
+    return _count(body(main)), _count(rest)
 
 
-def _count(lines: Sequence[tuple[int, str, str]]) -> Count:
+def _count(opcodes: Sequence[str]) -> Count:
     instructions = matrix = scalar = moved = loads = narrow = 0
-    for _, opcode, _ in lines:
+    for opcode in opcodes:
         name, *modifiers = opcode.split(".")
         # Padding behind the end of a kernel is never issued.
         if name == "NOP":
             continue
         instructions += 1
         if name == "HMMA":
-            matrix += _mma_products(modifiers[0])
+            # "16816" is 16 x 8 x 16.
+            matrix += 16 * 8 * int(modifiers[0][3:])
         elif name == "HGMMA":
             rows, columns, depth = map(int, modifiers[0].split("x"))
             # One instruction of a group of four warps.
@@ -102,11 +96,6 @@ def _count(lines: Sequence[tuple[int, str, str]]) -> Count:
                 loads += 1
                 narrow += width < 16
     return Count(instructions, matrix, scalar, moved, loads, narrow)
-
-
-def _mma_products(shape: str) -> int:
-    """Multiply-adds of an ``HMMA``: "16816" is 16 x 8 x 16."""
-    return 16 * 8 * int(shape[3:])
 
 
 def _width(modifiers: Sequence[str]) -> int:

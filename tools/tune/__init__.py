@@ -1,1 +1,0 @@
-"""Tile tables from measurements, or without a GPU from compiler reports."""
