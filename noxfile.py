@@ -5,7 +5,7 @@
     nox -s "tests(oldest)"          one combination of versions
 
 PyTorch's CPU builds keep environments small: where pip does not find them by itself, set
-PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu.
+PIP_EXTRA_INDEX_URL to PyTorch's index of them.
 """
 
 from __future__ import annotations

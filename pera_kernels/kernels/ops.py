@@ -156,11 +156,11 @@ def _backward(dy: torch.Tensor, saved: Saved, options: Options, needs: Sequence[
                 bare_b = in_memory(phi_b)
             # s v is rounded, as autograd does to the reference: a small v underflows in float16.
             pending = project(dy, bare_b, out=v, scale=options.scale)
-            if adds and phi_a is None:
-                (phi_a,) = _expand_all([a], dy.dtype, pending)
-            else:
+            if not adds or phi_a is not None:
                 _finish(pending)
             if adds:
+                if phi_a is None:
+                    (phi_a,) = _expand_all([a], dy.dtype, pending)
                 base = None if weight is None else dx
                 accumulate(base, v, phi_a, out=dx, scale=1.0, dropout=dropout)
         sums = []
