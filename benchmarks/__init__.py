@@ -1,1 +1,1 @@
-"""Time PERA layers beside the frozen linear layer they adapt: ``python -m benchmarks``."""
+"""Time PERA layers, kernels and a decoder layer beside the frozen layers they adapt."""

@@ -3,155 +3,122 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
-import os
+import itertools
 import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
 
-import torch
-
-from pera_kernels import backends
 from pera_kernels.terms import TERMS
+from pera_kernels.testing import Case
 
-from . import contenders, options, presets, results, suite, timing
-from .ceilings import Ceilings
-from .presets import Planned, Preset
+from . import layers, options, rows, timing
+from .roofline import Ceilings
 
-DESCRIPTION = "Judge every contender, time those that pass, print a table and keep the rows."
-EPILOG = """\
-Lists are separated by commas; an axis that is given replaces the preset's. The frozen layer is
-always timed: it is what the others are compared with. A contender that fails the numeric rule is
-not timed, and the exit status is 1.
+DESCRIPTION = """\
+Judge every contender by the numeric rule, time those that pass, print and append rows. Lists are
+separated by commas, all combinations are timed. The frozen layer is always timed: it is what the
+others are compared with. The exit status is 1 if a contender failed.
 """
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = options.OneLineParser(
-        prog="python -m benchmarks", description=DESCRIPTION, epilog=EPILOG, allow_abbrev=False
+def parser() -> argparse.ArgumentParser:
+    made = argparse.ArgumentParser(
+        prog="python -m benchmarks", description=DESCRIPTION, allow_abbrev=False
     )
-    names = [contender.name for contender in contenders.CONTENDERS]
-    list_of, one_of, whole = options.list_of, options.one_of, options.whole
-    add = parser.add_argument
+    list_of, dtypes, names = options.list_of, rows.DTYPES, layers.CONTENDERS
+    add = made.add_argument
     add("--device", type=options.device, default="auto", help="auto, cpu, cuda, cuda:N")
-    add(
-        "--preset",
-        choices=tuple(presets.PRESETS),
-        help="what is not given below (quick on a CPU, gpu on a GPU)",
-    )
-    add("--quick", action="store_const", const="quick", dest="preset", help="--preset quick")
-    add("--T", type=list_of(whole(1)), help="tokens, such as 1,512")
-    add("--shapes", type=list_of(options.shape), help="in x out features, such as 1024x4096")
-    add("--ranks", type=list_of(whole(1)), help="ranks, such as 4,16")
-    add("--terms", type=list_of(one_of(TERMS)), help=", ".join(TERMS))
-    add("--dtypes", type=list_of(one_of(tuple(results.DTYPES))), help=", ".join(results.DTYPES))
-    add("--dropout", type=list_of(options.probability), help="probabilities, such as 0,0.05")
-    add("--phases", type=list_of(one_of(timing.PHASES)), help=", ".join(timing.PHASES))
-    add("--only", type=list_of(one_of(names)), metavar="NAME,...", help=", ".join(names))
-    add("--rounds", type=whole(2), help="how often every contender has its turn, at most")
-    add("--budget", type=whole(1), metavar="SECONDS", help="start no case that would end later")
+    add("--T", type=list_of(int), help="tokens (64,512; on a GPU 16384,4096,512)")
+    add("--shapes", type=list_of(options.shape), help="in x out (512x512; on a GPU 4096x4096)")
+    add("--ranks", type=list_of(int), default=(16,), help="ranks (16)")
+    add("--terms", type=list_of(str, TERMS), default=("full",), help=", ".join(TERMS))
+    add("--dtypes", type=list_of(str, dtypes), help=f"{', '.join(dtypes)}; +: float32 adapters")
+    add("--dropout", type=list_of(float), default=(0.0,), help="probabilities, such as 0,0.05")
+    phases = list_of(str, layers.PHASES)
+    add("--phases", type=phases, default=("both", "eval"), help=", ".join(layers.PHASES))
+    add("--only", type=list_of(str, names), default=layers.DEFAULT, help=", ".join(names))
+    add("--rounds", type=int, default=10, help="turns of every contender, at most (10)")
+    add("--budget", type=int, metavar="SECONDS", help="start no case that would end later")
     add("--resume", action="store_true", help="skip what --out has of this commit and device")
     add("--out", type=Path, help="append rows here (benchmarks/results/<device>.jsonl)")
-    return parser
+    return made
 
 
-def _preset(parser: argparse.ArgumentParser, given: argparse.Namespace) -> Preset:
-    kind = given.device.type
-    name = given.preset or presets.DEFAULT[kind]
-    preset = presets.PRESETS[name]
-    if kind not in preset.grids:
-        parser.error(f"--preset {name} is for {', '.join(preset.grids)}; the device is {kind}")
-    return preset
+def cases(given: argparse.Namespace) -> list[Case]:
+    """All combinations of the axes; those that are not given depend on the device."""
+    gpu = given.device.type == "cuda"
+    axes = (
+        given.dtypes or (("bfloat16",) if gpu else ("float32", "bfloat16")),
+        given.terms,
+        given.ranks,
+        given.dropout,
+        given.shapes or (((4096, 4096),) if gpu else ((512, 512),)),
+        given.T or ((16384, 4096, 512) if gpu else (64, 512)),
+    )
+    return [
+        Case(
+            terms=terms,
+            r=r,
+            T=T,
+            N=n,
+            M=m,
+            dtype=rows.DTYPES[dtype][0],
+            adapter_dtype=rows.DTYPES[dtype][1],
+            dropout_p=dropout,
+            scale=1.0,
+        )
+        for dtype, terms, r, dropout, (n, m), T in itertools.product(*axes)
+    ]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     began = time.monotonic()
-    parser = _parser()
-    given = parser.parse_args(arguments)
-    if backends.interpreting():
-        parser.error("TRITON_INTERPRET is set: interpreted kernels are never timed; unset it")
-    device = given.device
-    preset = _preset(parser, given)
-    asked = {axis: vars(given)[axis] for axis in presets.AXES if vars(given)[axis] is not None}
-    planned = presets.plan(preset.grids[device.type], asked)
-    path = given.out or results.default_file(device)
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.open("a").close()
-    except OSError as error:
-        parser.error(f"cannot write {path}: {error.strerror}")
-
-    with contextlib.ExitStack() as stack:
-        if device.type == "cuda":
-            # Tearing CUPTI down after a profile breaks the capture of CUDA graphs that follows.
-            os.environ.setdefault("TEARDOWN_CUPTI", "0")
-            torch.cuda.set_device(device)
-            # Graphs cannot be captured on the default stream: see timing._capture.
-            stack.enter_context(torch.cuda.stream(torch.cuda.Stream(device)))
-        host = results.host(device)
-        print(f"{host.device}  torch {host.torch}  triton {host.triton}  commit {host.commit}")
-        run = _Run(device, host, path, given, preset, began)
-        failed = run.all(planned)
-        print(f"\nrows appended to {path} after {time.monotonic() - began:.0f} s")
+    given = parser().parse_args(arguments)
+    path = given.out or rows.default_file(given.device)
+    environment = rows.environment(given.device)
+    print("  ".join(f"{key} {value}" for key, value in environment.items()))
+    earlier = rows.read(path) if given.resume else []
+    ceilings = Ceilings(given.device)
+    planned, failed, longest = cases(given), False, 0.0
+    with timing.place(given.device):
+        for number, case in enumerate(planned):
+            start = time.monotonic()
+            if given.budget and start - began + longest > given.budget:
+                print(f"\nthe budget of {given.budget} s is used up; left out:")
+                print("\n".join(f"  {rows.of_case(left)}" for left in planned[number:]))
+                break
+            key = rows.of_case(case)
+            print("\n" + "  ".join(f"{name}={value}" for name, value in key.items()))
+            chosen, reasons = layers.select(case, given.device, given.only)
+            for name, reason in reasons.items():
+                print(f"{name}: not timed: {reason}")
+            same = {**key, "device": environment["device"], "commit": environment["commit"]}
+            done = {
+                (row["contender"], row["phase"])
+                for row in earlier
+                if all(row[name] == value for name, value in same.items())
+            }
+            phases = [p for p in given.phases if not _is_done(chosen, p, done)]
+            if not phases:
+                print(f"done before, see {path}")
+                continue
+            for row in layers.run_case(case, chosen, phases, given.rounds, ceilings, environment):
+                rows.append(path, row)
+                print(rows.line(row), flush=True)
+                failed = failed or row["status"] == "failed"
+            longest = max(longest, time.monotonic() - start)
+    print(f"\nrows appended to {path} after {time.monotonic() - began:.0f} s")
     return int(failed)
 
 
-class _Run:
-    """The cases of one call, one after the other."""
-
-    def __init__(
-        self,
-        device: torch.device,
-        host: results.Host,
-        path: Path,
-        given: argparse.Namespace,
-        preset: Preset,
-        began: float,
-    ) -> None:
-        self.device, self.host, self.path, self.only = device, host, path, given.only
-        self.rounds = given.rounds or preset.rounds
-        self.budget = given.budget or preset.budget
-        self.began = began
-        self.earlier = results.read(path) if given.resume else []
-        self.ceilings = Ceilings(device)
-
-    def all(self, planned: Sequence[Planned]) -> bool:
-        """Whether a contender failed the gate. Stops where the next case would pass the budget."""
-        failed, longest = False, 0.0
-        for number, case in enumerate(planned):
-            start = time.monotonic()
-            if self.budget and start - self.began + longest > self.budget:
-                _say_left_out(planned[number:], self.budget)
-                break
-            failed = self.one(case) or failed
-            longest = max(longest, time.monotonic() - start)
-        return failed
-
-    def one(self, planned: Planned) -> bool:
-        case = planned.case
-        chosen, reasons = contenders.select(case, self.device, self.only, planned.without)
-        if suite.is_done(case, chosen, planned.phases, self.host, self.earlier):
-            print(f"\n{results.title(case)}: done before, see {self.path}")
-            return False
-        rows = suite.run_case(
-            case, chosen, self.device, planned.phases, self.rounds, self.host, self.ceilings
-        )
-        results.append(self.path, rows)
-        print(f"\n{results.title(case)}\n{results.table(rows)}")
-        for name, reason in reasons.items():
-            print(f"{name}: not timed: {reason}")
-        for contender in chosen:
-            if "backward" in planned.phases and not contender.repeats_backward:
-                print(f"{contender.name}: no backward alone: it runs only once after a forward")
-        sys.stdout.flush()
-        return any(row.status != "timed" for row in rows)
-
-
-def _say_left_out(planned: Sequence[Planned], budget: int) -> None:
-    print(f"\nthe budget of {budget} s is used up; left out, {len(planned)}:")
-    for left in planned:
-        print(f"  {results.title(left.case)}")
+def _is_done(chosen: Sequence[layers.Contender], phase: str, done: set[tuple[str, str]]) -> bool:
+    """Whether everybody who has this phase has a row of it, or one that says it failed the gate."""
+    return all(
+        (own.name, phase) in done or (own.name, "gate") in done
+        for own in chosen
+        if phase != "backward" or own.repeats_backward
+    )
 
 
 if __name__ == "__main__":

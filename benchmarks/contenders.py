@@ -1,29 +1,69 @@
-"""Who competes: the frozen layer, our reference, backends and plans, and the peers."""
+"""What a contender is, and ours: the frozen layer, the merged one, the backends, the reference."""
 
 from __future__ import annotations
 
-import functools
-import os
-import shutil
-from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
 
 import pera_kernels as pk
-from pera_kernels import backends
-from pera_kernels.terms import Terms
-from pera_kernels.verify.numerics import Case, Inputs
+from pera_kernels.kernels import interpreting
+from pera_kernels.testing import Case, Inputs
 
-from .layers import FROZEN, Contender, Layer, frozen_linear
-from .peers import PEERS
+__all__ = ["FROZEN", "OURS", "Contender", "Layer", "frozen_linear"]
 
-__all__ = ["CONTENDERS", "FROZEN", "Contender", "Layer", "find", "select"]
+FROZEN = "frozen"
 
 
-def _adapted(
-    case: Case, inputs: Inputs, weight: torch.Tensor, backend: str, plan: str
+@dataclass(frozen=True)
+class Layer:
+    """A module and the tensors that it trains, named by their gradient: dA, dB, dh."""
+
+    module: nn.Module
+    trains: dict[str, torch.Tensor]
+
+
+@dataclass(frozen=True)
+class Contender:
+    """One way to compute a layer.
+
+    ``plan`` names its work in roofline.py. ``allowed`` is the largest error ratio that passes the
+    gate: 1 is the numeric rule. A layer that copies from the host or synchronises in a call is not
+    ``capturable`` in a CUDA graph. One whose backward runs only once for a forward does not
+    ``repeats_backward``: that phase is not timed.
+    """
+
+    name: str
+    plan: str = "factored"
+    allowed: float = 1.0
+    capturable: bool = True
+    repeats_backward: bool = True
+
+    def build(self, case: Case, inputs: Inputs) -> Layer:
+        """The layer on these inputs, whose tensors it may share but not change."""
+        raise NotImplementedError
+
+    def judged_as(self, case: Case) -> Case | None:
+        """The case whose plain reference it must match; None where there is nothing to match."""
+        return case
+
+    def unavailable(self, case: Case, device: torch.device) -> str | None:
+        """Why it cannot run this case on this device; None if it can."""
+        return None
+
+
+def frozen_linear(weight: torch.Tensor, bias: torch.Tensor | None) -> nn.Linear:
+    """An ``nn.Linear`` that shares these and trains neither."""
+    layer = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None, device="meta")
+    layer.weight = nn.Parameter(weight, requires_grad=False)
+    if bias is not None:
+        layer.bias = nn.Parameter(bias, requires_grad=False)
+    return layer
+
+
+def _pera_layer(
+    case: Case, inputs: Inputs, weight: torch.Tensor, backend: str = "auto", plan: str = "auto"
 ) -> pk.PeraLinear:
     layer = pk.PeraLinear.from_linear(
         frozen_linear(weight, inputs.bias),
@@ -43,159 +83,80 @@ def _adapted(
     return layer
 
 
-def _frozen() -> Contender:
-    def build(case: Case, inputs: Inputs) -> Layer:
+class Frozen(Contender):
+    """The ``nn.Linear`` alone, y and dx: what all others are compared with."""
+
+    def build(self, case: Case, inputs: Inputs) -> Layer:
         return Layer(frozen_linear(inputs.weight, inputs.bias), {})
 
-    return Contender(FROZEN, "dense", build, lambda case, device: None, lambda case: None)
+    def judged_as(self, case: Case) -> None:
+        return None
 
 
-def _merged() -> Contender:
-    def build(case: Case, inputs: Inputs) -> Layer:
-        layer = _adapted(case, inputs, inputs.weight.clone(), "auto", "auto")
+class Merged(Contender):
+    """A ``PeraLinear`` after ``merge()``."""
+
+    def build(self, case: Case, inputs: Inputs) -> Layer:
+        layer = _pera_layer(case, inputs, inputs.weight.clone())
         layer.merge(keep_base=False)
         return Layer(layer, {})
 
-    def unavailable(case: Case, device: torch.device) -> str | None:
+    def judged_as(self, case: Case) -> Case:
+        return replace(case, plan="composed")
+
+    def unavailable(self, case: Case, device: torch.device) -> str | None:
         return "a merged layer has no dropout" if case.dropout_p > 0.0 else None
 
-    return Contender(
-        "merged", "dense", build, unavailable, lambda case: replace(case, plan="composed")
-    )
 
+@dataclass(frozen=True)
+class Pera(Contender):
+    """A ``PeraLinear`` of one backend and plan; "auto" is what a user gets without asking."""
 
-def _pera(name: str, backend: str, plan: str, capturable: bool = True) -> Contender:
-    def build(case: Case, inputs: Inputs) -> Layer:
-        layer = _adapted(case, inputs, inputs.weight, backend, plan)
-        trains: dict[str, torch.Tensor] = {"dA": layer.pera_A, "dB": layer.pera_B}
-        if layer.pera_h is not None:
-            trains["dh"] = layer.pera_h
-        return Layer(layer, trains)
+    backend: str = "auto"
 
-    def unavailable(case: Case, device: torch.device) -> str | None:
-        if plan == "composed" and case.dropout_p > 0.0:
-            return "the composed plan takes no dropout"
-        if backend == "triton" and device.type == "cpu":
-            return "its kernels need a GPU; interpreted kernels are never timed"
-        if backend == "auto":
-            return None
-        return backends.unavailable(backend, device, (case.dtype, case.factor_dtype))
+    def build(self, case: Case, inputs: Inputs) -> Layer:
+        layer = _pera_layer(case, inputs, inputs.weight, self.backend, self.plan)
+        named = {"dA": layer.pera_A, "dB": layer.pera_B, "dh": layer.pera_h}
+        return Layer(layer, {name: t for name, t in named.items() if t is not None})
 
-    def left_out(case: Case) -> str | None:
-        if plan == "composed" and case.dtype.itemsize < 4:
-            return f"it rounds W0 + ΔW to {case.dtype}; --only {name} times it all the same"
-        return None
-
-    return Contender(
-        name,
-        plan,
-        build,
-        unavailable,
+    def judged_as(self, case: Case) -> Case:
         # "auto" may choose a plan only where it is as accurate as "factored".
-        lambda case: replace(case, plan="composed" if plan == "composed" else "factored"),
-        left_out,
-        capturable,
-    )
+        return replace(case, plan="composed" if self.plan == "composed" else "factored")
 
-
-class CompiledReference(nn.Module):
-    """The reference under ``torch.compile``: one graph for every layer of the same settings."""
-
-    def __init__(self, layer: pk.PeraLinear) -> None:
-        super().__init__()
-        self.layer = layer
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        own = self.layer
-        dropout_p = own.dropout if self.training else 0.0
-        call = _compiled_reference(own.scale, own.terms, dropout_p)
-        return call(x, own.weight, own.pera_A, own.pera_B, own.pera_h, own.bias)
-
-
-@functools.cache
-def _compiled_reference(
-    scale: float, terms: Terms, dropout_p: float
-) -> Callable[..., torch.Tensor]:
-    return torch.compile(
-        functools.partial(
-            pk.pera_linear, scale=scale, terms=terms, dropout_p=dropout_p, backend="reference"
-        ),
-        fullgraph=True,
-        dynamic=False,
-    )
-
-
-def _reference_compiled() -> Contender:
-    def build(case: Case, inputs: Inputs) -> Layer:
-        plain = find("reference").build(case, inputs)
-        assert isinstance(plain.module, pk.PeraLinear)
-        return Layer(CompiledReference(plain.module), plain.trains)
-
-    def unavailable(case: Case, device: torch.device) -> str | None:
-        if device.type == "cpu" and not _cpp_compiler():
-            return "torch.compile needs a C++ compiler for the CPU"
+    def unavailable(self, case: Case, device: torch.device) -> str | None:
+        if self.plan == "composed" and case.dropout_p > 0.0:
+            return "the composed plan takes no dropout"
+        if self.backend == "triton" and device.type == "cpu" and not interpreting():
+            return "its kernels need a GPU"
         return None
 
-    return Contender(
-        "reference-compiled",
-        "factored",
-        build,
-        unavailable,
+
+class CompiledReference(Pera):
+    """The plain reference under ``torch.compile``, compiled for every case."""
+
+    def build(self, case: Case, inputs: Inputs) -> Layer:
+        layer = super().build(case, inputs)
+        module = torch.compile(layer.module, fullgraph=True, dynamic=False)
+        assert isinstance(module, nn.Module)
+        return Layer(module, layer.trains)
+
+    def judged_as(self, case: Case) -> Case:
         # Compiled code draws random numbers of its own, so it is judged without dropout.
-        lambda case: replace(case, dropout_p=0.0),
-        # Like the reference it copies its index table from the host in every call.
-        capturable=False,
-        # Compiled code frees or overwrites what its forward kept.
-        repeats_backward=False,
-    )
+        return replace(case, dropout_p=0.0)
 
 
-def _cpp_compiler() -> bool:
-    names = (os.environ.get("CXX"), "g++", "clang++", "c++")
-    return any(shutil.which(name) for name in names if name)
-
-
-CONTENDERS: tuple[Contender, ...] = (
-    _frozen(),
-    _merged(),
+OURS: tuple[Contender, ...] = (
+    Frozen(FROZEN, plan="dense"),
+    Merged("merged", plan="dense"),
     # The reference makes its index table on the host in every call.
-    _pera("reference", "reference", "factored", capturable=False),
-    _reference_compiled(),
-    *PEERS,
-    # What a user gets without asking for anything.
-    _pera("auto", "auto", "auto"),
-    _pera("torch", "torch", "factored"),
-    _pera("torch-composed", "torch", "composed"),
-    _pera("triton", "triton", "factored"),
-    _pera("triton-composed", "triton", "composed"),
+    Pera("reference", backend="reference", capturable=False),
+    # Compiled code frees or overwrites what its forward kept.
+    CompiledReference(
+        "reference-compiled", backend="reference", capturable=False, repeats_backward=False
+    ),
+    Pera("auto", plan="auto"),
+    Pera("torch", backend="torch"),
+    Pera("torch-composed", plan="composed", backend="torch"),
+    Pera("triton", backend="triton"),
+    Pera("triton-composed", plan="composed", backend="triton"),
 )
-
-
-def select(
-    case: Case,
-    device: torch.device,
-    only: tuple[str, ...] | None,
-    without: tuple[str, ...] = (),
-) -> tuple[list[Contender], dict[str, str]]:
-    """Who is timed, and why others who were meant are not. The frozen layer always is.
-
-    ``without`` are those that the preset leaves out of this case, unless they are asked for.
-    """
-    chosen, reasons = [], {}
-    for contender in CONTENDERS:
-        if only is not None and contender.name not in (FROZEN, *only):
-            continue
-        reason = contender.unavailable(case, device)
-        if reason is None and only is None:
-            reason = contender.left_out(case)
-            if contender.name in without:
-                reason = "the preset leaves it out of this case"
-        if reason is None:
-            chosen.append(contender)
-        else:
-            reasons[contender.name] = reason
-    return chosen, reasons
-
-
-def find(name: str) -> Contender:
-    return next(contender for contender in CONTENDERS if contender.name == name)

@@ -7,11 +7,13 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from pera_kernels.verify.numerics import Case, Inputs, draws, judge, make_inputs, run
+from pera_kernels.testing import Case, Inputs, draws, judge, make_inputs, run
 
-from .layers import Contender, Layer
+from .contenders import Contender, Layer
 
-__all__ = ["Gate", "Judgement", "outputs"]
+__all__ = ["Judgement", "Outputs", "compare", "judge_all", "outputs"]
+
+Outputs = dict[str, torch.Tensor]
 
 
 @dataclass(frozen=True)
@@ -29,95 +31,86 @@ class Judgement:
         return cls(failure=f"{type(error).__name__}: {error}".splitlines()[0])
 
 
-@dataclass(frozen=True)
-class _Draw:
-    case: Case
-    inputs: Inputs
-    reference: dict[str, torch.Tensor]
-    truth: dict[str, torch.Tensor]
+def outputs(layer: Layer, x: torch.Tensor, dy: torch.Tensor, seed: int) -> Outputs:
+    """y, dx and the gradients of what the layer trains; the seed chooses the dropout mask."""
+    leaf = x.detach().clone().requires_grad_()
+    leaves = {"dx": leaf, **layer.trains}
+    torch.manual_seed(seed)
+    y = layer.module(leaf)
+    gradients = torch.autograd.grad(y, list(leaves.values()), dy)
+    return {"y": y.detach(), **dict(zip(leaves, gradients, strict=True))}
 
 
-class Gate:
-    """``numerics.check`` for any contender of a case: same inputs, same draws, same rule.
-
-    What has to be matched is computed once for all contenders that are judged alike, and only for
-    those at a time: at the largest sizes the float64 truth takes gigabytes.
+def compare(
+    got: Sequence[Outputs],
+    reference: Sequence[Outputs],
+    truth: Sequence[Outputs],
+    dtype: torch.dtype,
+    allowed: float = 1.0,
+) -> Judgement:
+    """The rule on every output, over all draws of the inputs together; a layer that trains nothing
+    has y and dx alone.
     """
+    absent = set(truth[0]) - set(got[0])
+    if absent and set(got[0]) != {"y", "dx"}:
+        return Judgement(failure=f"no {', '.join(sorted(absent))}")
+    verdicts = []
+    for name in got[0]:
+        mine, plain, exact = (
+            torch.stack([results[name] for results in group]) for group in (got, reference, truth)
+        )
+        verdicts.append(judge(name, mine, plain, exact, dtype))
+    failed = [str(v) for v in verdicts if v.notes or not v.ratio <= allowed]
+    return Judgement(max(verdict.ratio for verdict in verdicts), "; ".join(failed) or None)
 
-    def __init__(self, case: Case, device: torch.device, inputs: Inputs | None = None) -> None:
-        """``inputs`` are those of the case's own seed, where they have been made already."""
-        self.case = case
-        self.device = device
-        self._drawn = {} if inputs is None else {case.seed: inputs}
 
-    def judge_all(self, contenders: Sequence[Contender]) -> dict[str, Judgement]:
-        """By name, in the order given. An exception in a contender is a failure too."""
-        groups: dict[Case | None, list[Contender]] = {}
-        for contender in contenders:
-            groups.setdefault(contender.judged_as(self.case), []).append(contender)
-        found = {}
-        for judged, group in groups.items():
-            expected = [] if judged is None else self._expected(judged)
-            for contender in group:
-                found[contender.name] = _judge(contender, expected)
-        return {contender.name: found[contender.name] for contender in contenders}
+def judge_all(
+    contenders: Sequence[Contender], case: Case, inputs: Inputs, device: torch.device
+) -> dict[str, Judgement]:
+    """Judge everybody by name; ``inputs`` are those of the case's own seed.
 
-    def _expected(self, judged: Case) -> list[_Draw]:
-        expected = []
+    What has to be matched is computed once for all that are judged alike, and only for those at a
+    time: at the largest sizes the float64 truth takes gigabytes.
+    """
+    groups: dict[Case | None, list[Contender]] = {}
+    for contender in contenders:
+        groups.setdefault(contender.judged_as(case), []).append(contender)
+    found = {}
+    for judged, group in groups.items():
+        if judged is None:
+            found.update({contender.name: Judgement() for contender in group})
+            continue
+        given, reference, truth = [], [], []
         for number in range(draws(judged)):
-            seed = judged.seed + 1000 * number
-            if seed not in self._drawn:
-                self._drawn[seed] = make_inputs(replace(self.case, seed=seed), self.device)
-            case, inputs = replace(judged, seed=seed), _as_judged(judged, self._drawn[seed])
-            reference = run(case, inputs, "reference")
-            truth = run(case, inputs, "reference", exact=True)
-            expected.append(_Draw(case, inputs, reference, truth))
-        return expected
+            seed = case.seed + 1000 * number
+            drawn = inputs if number == 0 else make_inputs(replace(case, seed=seed), device)
+            own = replace(judged, seed=seed)
+            given.append((own, _as_judged(own, drawn)))
+            reference.append(run(*given[-1], "reference"))
+            truth.append(run(*given[-1], "reference", exact=True))
+        for contender in group:
+            found[contender.name] = _judge(contender, given, reference, truth)
+    return found
 
 
 def _as_judged(judged: Case, inputs: Inputs) -> Inputs:
     """The same numbers for contenders with other adapters: another dtype, or no coefficients."""
-    dtype, h = judged.factor_dtype, inputs.h
-    return replace(
-        inputs,
-        A=inputs.A.to(dtype),
-        B=inputs.B.to(dtype),
-        h=None if judged.terms == "linear" or h is None else h.to(dtype),
-    )
+    dtype = judged.factor_dtype
+    h = None if judged.terms == "linear" or inputs.h is None else inputs.h.to(dtype)
+    return replace(inputs, A=inputs.A.to(dtype), B=inputs.B.to(dtype), h=h)
 
 
-def outputs(layer: Layer, case: Case, inputs: Inputs) -> dict[str, torch.Tensor]:
-    """y, dx and the gradients of what the layer trains; the seed chooses the dropout mask."""
-    x = inputs.x.detach().clone().requires_grad_()
-    leaves = {"dx": x, **layer.trains}
-    torch.manual_seed(case.seed)
-    y = layer.module(x)
-    gradients = torch.autograd.grad(y, list(leaves.values()), inputs.dy)
-    return {"y": y.detach(), **dict(zip(leaves, gradients, strict=True))}
-
-
-def _judge(contender: Contender, expected: list[_Draw]) -> Judgement:
-    if not expected:
-        return Judgement()
+def _judge(
+    contender: Contender,
+    given: Sequence[tuple[Case, Inputs]],
+    reference: Sequence[Outputs],
+    truth: Sequence[Outputs],
+) -> Judgement:
     try:
-        got = []
-        for draw in expected:
-            layer = contender.build(draw.case, draw.inputs)
-            got.append(outputs(layer, draw.case, draw.inputs))
+        got = [
+            outputs(contender.build(case, inputs), inputs.x, inputs.dy, case.seed)
+            for case, inputs in given
+        ]
     except Exception as error:
         return Judgement.of(error)
-    absent = set(expected[0].truth) - set(got[0])
-    if layer.trains and absent:
-        return Judgement(failure=f"no {', '.join(sorted(absent))}")
-    verdicts = [
-        judge(
-            name,
-            torch.stack([values[name] for values in got]),
-            torch.stack([draw.reference[name] for draw in expected]),
-            torch.stack([draw.truth[name] for draw in expected]),
-            expected[0].case.dtype,
-        )
-        for name in got[0]
-    ]
-    failed = [str(v) for v in verdicts if v.notes or v.ratio > contender.allowed]
-    return Judgement(max(verdict.ratio for verdict in verdicts), "; ".join(failed) or None)
+    return compare(got, reference, truth, given[0][0].dtype, contender.allowed)

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
-from collections.abc import Callable
+import os
+import sys
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
-from .profiling import profiled
-
-__all__ = ["Memory", "memory", "peak_bytes"]
+__all__ = ["Memory", "memory"]
 
 
 @dataclass(frozen=True)
@@ -21,23 +23,13 @@ class Memory:
     peak: int
 
 
-def peak_bytes(call: Callable[[], object], device: torch.device) -> int:
-    """The most bytes that ``call`` holds at once above what was allocated before it.
-
-    Warm it up first: libraries allocate their workspaces in the first call.
-    """
-    return memory(call, device).peak
-
-
 def memory(call: Callable[[], object], device: torch.device) -> Memory:
-    """Count one call of ``call``; on a CPU the scratch memory inside libraries is not seen.
+    """Count one call; warm it up first, because libraries allocate workspaces in the first call.
 
-    What was allocated before and is freed by the call is taken off on CUDA; on a CPU the profiler
-    does not see such a block leave.
+    On a CPU the scratch memory inside libraries is not seen, nor that a block which was allocated
+    before the call is freed by it.
     """
-    if device.type == "cuda":
-        return _cuda_memory(call, device)
-    return _cpu_memory(call)
+    return _cuda_memory(call, device) if device.type == "cuda" else _cpu_memory(call)
 
 
 def _cuda_memory(call: Callable[[], object], device: torch.device) -> Memory:
@@ -53,10 +45,34 @@ def _cuda_memory(call: Callable[[], object], device: torch.device) -> Memory:
 
 
 def _cpu_memory(call: Callable[[], object]) -> Memory:
-    with profiled(torch.profiler.ProfilerActivity.CPU, memory=True) as recording:
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    profiler = torch.profiler.profile(activities=activities, profile_memory=True)
+    with _standard_error_closed():
+        profiler.start()
+    try:
         # Held until the profiler has stopped: freeing it is not part of the call.
         result = call()
+    finally:
+        with _standard_error_closed():
+            profiler.stop()
     del result
-    sizes = (event.nbytes() for event in recording.events if event.name() == "[memory]")
+    # PyTorch's stubs leave out what an event carries.
+    recorded: Any = profiler.profiler
+    events = sorted(recorded.kineto_results.events(), key=lambda event: event.start_ns())
+    sizes = (event.nbytes() for event in events if event.name() == "[memory]")
     levels = list(itertools.accumulate(sizes, initial=0))
     return Memory(levels[-1], max(levels))
+
+
+@contextlib.contextmanager
+def _standard_error_closed() -> Iterator[None]:
+    """Kineto logs every start and stop on descriptor 2, whatever log level it is given."""
+    sys.stderr.flush()
+    kept, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, 2)
+    try:
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+        os.close(nowhere)

@@ -1,77 +1,43 @@
-"""What the command lines of the benchmarks accept, with one line about what they do not."""
+"""What the command lines of the benchmarks have in common."""
 
 from __future__ import annotations
 
 import argparse
-import contextlib
-import re
-from collections.abc import Callable, Sequence
-from typing import Any, NoReturn
+from collections.abc import Callable, Collection
+from typing import Any
 
 import torch
 
-__all__ = ["OneLineParser", "device", "list_of", "one_of", "probability", "shape", "whole"]
+__all__ = ["device", "list_of", "shape"]
 
 
-class OneLineParser(argparse.ArgumentParser):
-    """Says what is wrong in one line, without the usage."""
-
-    def error(self, message: str) -> NoReturn:
-        self.exit(2, f"{self.prog}: error: {message}\n")
-
-
-def list_of(parse: Callable[[str], Any]) -> Callable[[str], tuple[Any, ...]]:
-    """A list separated by commas, each word once."""
+def list_of(
+    parse: Callable[[str], Any], known: Collection[Any] | None = None
+) -> Callable[[str], tuple[Any, ...]]:
+    """A list separated by commas, each word once and one of those that are known."""
 
     def parse_list(text: str) -> tuple[Any, ...]:
-        return tuple(dict.fromkeys(parse(word.strip()) for word in text.split(",")))
+        words = tuple(dict.fromkeys(parse(word) for word in text.split(",")))
+        for word in words:
+            if known is not None and word not in known:
+                raise argparse.ArgumentTypeError(f"{word!r} is none of {', '.join(known)}")
+        return words
 
+    # What argparse calls a word that cannot be parsed.
+    parse_list.__name__ = f"{parse.__name__} list"
     return parse_list
 
 
-def whole(minimum: int) -> Callable[[str], int]:
-    def parse(text: str) -> int:
-        if not (re.fullmatch(r"[0-9]{1,9}", text) and int(text) >= minimum):
-            raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from {minimum}")
-        return int(text)
-
-    return parse
-
-
 def shape(text: str) -> tuple[int, int]:
-    if not (found := re.fullmatch(r"([1-9][0-9]{0,8})x([1-9][0-9]{0,8})", text)):
-        raise argparse.ArgumentTypeError(f"{text!r} is not of the form 1024x4096 (in x out)")
-    return int(found[1]), int(found[2])
-
-
-def probability(text: str) -> float:
-    with contextlib.suppress(ValueError):
-        if 0.0 <= float(text) < 1.0:
-            return float(text)
-    raise argparse.ArgumentTypeError(f"{text!r} is not a number in [0, 1)")
-
-
-def one_of(names: Sequence[str]) -> Callable[[str], str]:
-    def parse(text: str) -> str:
-        if text not in names:
-            raise argparse.ArgumentTypeError(f"{text!r} is none of {', '.join(names)}")
-        return text
-
-    return parse
+    """In and out features, such as 1024x4096."""
+    n, m = text.split("x")
+    return int(n), int(m)
 
 
 def device(text: str) -> torch.device:
-    if text == "auto":
-        text = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        found = torch.device(text)
-    except RuntimeError:
-        raise argparse.ArgumentTypeError(f"{text!r} is none of auto, cpu, cuda, cuda:N") from None
-    if found.type not in ("cpu", "cuda"):
-        raise argparse.ArgumentTypeError(f"{text!r} is none of auto, cpu, cuda, cuda:N")
-    if found.type == "cpu":
-        return torch.device("cpu")
-    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    if (found.index or 0) >= count:
-        raise argparse.ArgumentTypeError(f"no {text!r} here: PyTorch sees {count} CUDA devices")
-    return torch.device("cuda", found.index or 0)
+    """A device that is here; ``auto`` is the GPU where there is one."""
+    gpu = torch.cuda.is_available()
+    found = torch.device(("cuda" if gpu else "cpu") if text == "auto" else text)
+    if found.type == "cuda" and not gpu:
+        raise argparse.ArgumentTypeError("there is no GPU here")
+    return torch.device("cuda", found.index or 0) if found.type == "cuda" else found

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import importlib.util
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from pera_kernels.verify.numerics import Case, Inputs
+from pera_kernels.testing import Case, Inputs
 
-from .layers import Contender, Layer, frozen_linear
+from .contenders import Contender, Layer, frozen_linear
 
-__all__ = ["PEERS", "PEER_ALLOWED", "ReleasedPera"]
+__all__ = ["PEERS", "PEER_ALLOWED", "Autocast", "ReleasedPera"]
 
 # Peers may round more often than we do: our tolerance is not theirs. A function that differs, such
 # as one that adds the bias twice, misses by tens in bfloat16 and by far more in float32.
@@ -43,17 +43,20 @@ class ReleasedPera(nn.Module):
 
     index: torch.Tensor
 
-    def __init__(self, base: nn.Linear, case: Case, inputs: Inputs, dtype: torch.dtype) -> None:
+    def __init__(
+        self,
+        base: nn.Linear,
+        factors: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
+        scale: float,
+        dropout: float,
+    ) -> None:
         super().__init__()
-        assert inputs.h is not None
         self.base = base
-        self.A = nn.Parameter(inputs.A.detach().to(dtype, copy=True))
-        self.B = nn.Parameter(inputs.B.detach().to(dtype, copy=True))
-        self.h = nn.Parameter(inputs.h.detach().to(dtype, copy=True))
-        self.dropout = nn.Dropout(case.dropout_p) if case.dropout_p > 0.0 else nn.Identity()
-        self.scale = case.scale
-        index = torch.triu_indices(case.r, case.r, device=base.weight.device)
-        self.register_buffer("index", index)
+        self.A, self.B, self.h = (nn.Parameter(factor.detach().clone()) for factor in factors)
+        self.dropout = nn.Dropout(dropout) if dropout > 0.0 else nn.Identity()
+        self.scale = scale
+        r = self.A.shape[0]
+        self.register_buffer("index", torch.triu_indices(r, r, device=base.weight.device))
 
     def _expand(self, rows: torch.Tensor) -> torch.Tensor:
         """Rows ``(r, d)`` and their products ``(L, d)``."""
@@ -67,85 +70,86 @@ class ReleasedPera(nn.Module):
         return self.base(x) + self.scale * update
 
 
-def _peft_layer(case: Case, inputs: Inputs, dtype: torch.dtype) -> Layer:
-    from peft import LoraConfig, inject_adapter_in_model
-    from peft.tuners.lora import Linear
+@dataclass(frozen=True)
+class Peer(Contender):
+    """Somebody else's layer, in the working dtype or with float32 adapters under autocast."""
 
-    holder = nn.Sequential(frozen_linear(inputs.weight, inputs.bias))
-    config = LoraConfig(
-        r=case.r,
-        # PEFT documents an int; the scale of a case is alpha / r.
-        lora_alpha=case.scale * case.r,  # type: ignore[arg-type]
-        lora_dropout=case.dropout_p,
-        target_modules=["0"],
-    )
-    inject_adapter_in_model(config, holder)
-    layer = holder[0]
-    if not isinstance(layer, Linear):
-        raise TypeError(f"PEFT put a {type(layer).__name__} in the place of nn.Linear")
-    factors = (layer.lora_A["default"].to(dtype), layer.lora_B["default"].to(dtype))
-    with torch.no_grad():
-        for factor, value in zip(factors, (inputs.A, inputs.B), strict=True):
-            factor.weight.copy_(value)
-    return Layer(layer, dict(zip(("dA", "dB"), (f.weight for f in factors), strict=True)))
+    autocast: bool = False
 
+    def _adapter_dtype(self, case: Case) -> torch.dtype:
+        return torch.float32 if self.autocast else case.dtype
 
-def _released_layer(case: Case, inputs: Inputs, dtype: torch.dtype) -> Layer:
-    layer = ReleasedPera(frozen_linear(inputs.weight, inputs.bias), case, inputs, dtype)
-    return Layer(layer, {"dA": layer.A, "dB": layer.B, "dh": layer.h})
+    def _finished(self, layer: Layer, case: Case) -> Layer:
+        return Layer(Autocast(layer.module, case.dtype), layer.trains) if self.autocast else layer
+
+    def judged_as(self, case: Case) -> Case:
+        # Peers draw other dropout masks: they are judged, and the same function shown, without.
+        return replace(case, adapter_dtype=self._adapter_dtype(case), dropout_p=0.0)
+
+    def unavailable(self, case: Case, device: torch.device) -> str | None:
+        if self.autocast and case.dtype.itemsize >= 4:
+            return "autocast is for half precision"
+        if not self.autocast and case.factor_dtype != case.dtype:
+            return f"its adapters are in the working dtype, here they are {case.factor_dtype}"
+        return None
 
 
-def _judged(case: Case, amp: bool) -> Case:
-    """Peers draw other dropout masks: they are judged, and the same function shown, without."""
-    return replace(case, adapter_dtype=torch.float32 if amp else case.dtype, dropout_p=0.0)
+class PeftLora(Peer):
+    """PEFT's LoRA layer of rank r."""
 
+    def build(self, case: Case, inputs: Inputs) -> Layer:
+        from peft import LoraConfig, inject_adapter_in_model
+        from peft.tuners.lora import Linear
 
-def _dtype_mismatch(case: Case, amp: bool) -> str | None:
-    if amp and case.dtype.itemsize >= 4:
-        return "autocast is for half precision"
-    if not amp and case.factor_dtype != case.dtype:
-        return f"its adapters are in the working dtype, here they are {case.factor_dtype}"
-    return None
+        holder = nn.Sequential(frozen_linear(inputs.weight, inputs.bias))
+        config = LoraConfig(
+            r=case.r,
+            # PEFT documents an int; the scale of a case is alpha / r.
+            lora_alpha=case.scale * case.r,  # type: ignore[arg-type]
+            lora_dropout=case.dropout_p,
+            target_modules=["0"],
+        )
+        inject_adapter_in_model(config, holder)
+        layer = holder[0]
+        if not isinstance(layer, Linear):
+            raise TypeError(f"PEFT put a {type(layer).__name__} in the place of nn.Linear")
+        dtype = self._adapter_dtype(case)
+        factors = (layer.lora_A["default"].to(dtype), layer.lora_B["default"].to(dtype))
+        with torch.no_grad():
+            for factor, value in zip(factors, (inputs.A, inputs.B), strict=True):
+                factor.weight.copy_(value)
+        trains = {"dA": factors[0].weight, "dB": factors[1].weight}
+        return self._finished(Layer(layer, trains), case)
 
+    def judged_as(self, case: Case) -> Case:
+        return replace(super().judged_as(case), terms="linear")
 
-def _peft(amp: bool) -> Contender:
-    def build(case: Case, inputs: Inputs) -> Layer:
-        layer = _peft_layer(case, inputs, torch.float32 if amp else case.dtype)
-        return Layer(Autocast(layer.module, case.dtype), layer.trains) if amp else layer
-
-    def unavailable(case: Case, device: torch.device) -> str | None:
+    def unavailable(self, case: Case, device: torch.device) -> str | None:
         if importlib.util.find_spec("peft") is None:
             return "the peft package is not installed"
-        return _dtype_mismatch(case, amp)
-
-    return Contender(
-        "peft-lora-amp" if amp else "peft-lora",
-        "factored",
-        build,
-        unavailable,
-        lambda case: replace(_judged(case, amp), terms="linear"),
-        allowed=PEER_ALLOWED,
-    )
+        return super().unavailable(case, device)
 
 
-def _released(amp: bool) -> Contender:
-    def build(case: Case, inputs: Inputs) -> Layer:
-        layer = _released_layer(case, inputs, torch.float32 if amp else case.dtype)
-        return Layer(Autocast(layer.module, case.dtype), layer.trains) if amp else layer
+class Released(Peer):
+    """The released formula."""
 
-    def unavailable(case: Case, device: torch.device) -> str | None:
+    def build(self, case: Case, inputs: Inputs) -> Layer:
+        assert inputs.h is not None
+        dtype = self._adapter_dtype(case)
+        factors = inputs.A.to(dtype), inputs.B.to(dtype), inputs.h.to(dtype)
+        base = frozen_linear(inputs.weight, inputs.bias)
+        layer = ReleasedPera(base, factors, case.scale, case.dropout_p)
+        return self._finished(Layer(layer, {"dA": layer.A, "dB": layer.B, "dh": layer.h}), case)
+
+    def unavailable(self, case: Case, device: torch.device) -> str | None:
         if case.terms != "full":
             return "it is written for terms='full'"
-        return _dtype_mismatch(case, amp)
-
-    return Contender(
-        "released-amp" if amp else "released",
-        "factored",
-        build,
-        unavailable,
-        lambda case: _judged(case, amp),
-        allowed=PEER_ALLOWED,
-    )
+        return super().unavailable(case, device)
 
 
-PEERS = (_peft(amp=True), _peft(amp=False), _released(amp=True), _released(amp=False))
+PEERS: tuple[Contender, ...] = (
+    PeftLora("peft-lora-amp", allowed=PEER_ALLOWED, autocast=True),
+    PeftLora("peft-lora", allowed=PEER_ALLOWED),
+    Released("released-amp", allowed=PEER_ALLOWED, autocast=True),
+    Released("released", allowed=PEER_ALLOWED),
+)

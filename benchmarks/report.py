@@ -1,134 +1,269 @@
-"""Plots and tables from the committed rows.
+"""Tables and plots from the committed rows.
 
-python -m benchmarks.report            rewrite the plots and the benchmark parts of both READMEs
+python -m benchmarks.report            rewrite the plots and the generated parts of both READMEs
 python -m benchmarks.report --check    exit status 1 if a part of a README would change
 """
 
 from __future__ import annotations
 
+import argparse
+import re
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
+from typing import Any
 
-from tools.marked import render
+import pandas as pd  # type: ignore[import-untyped]
 
-from . import ablation, cells, options, plots, tables, targets
-from .cells import Cells
+from . import rows
+from .contenders import FROZEN
+from .decoder import TARGETS
+from .layers import CONTENDERS
 
-__all__ = ["PARTS", "PARTS_HERE", "documents", "write_plots"]
+__all__ = ["PARTS", "PARTS_HERE", "documents", "latest", "load", "write_plots"]
 
-ROOT = Path(__file__).resolve().parent.parent
-# The file names of rows by the kind of device; those of decoder layers have a prefix.
-CPU, GPU = "cpu*.jsonl", "gpu*.jsonl"
-
-
-def _each(pattern: str, part: Callable[[Cells], str], absent: str) -> str:
-    found = cells.load(pattern, cells.RESULTS)
-    return "\n\n".join(part(own) for own in found) or absent
-
-
-def cpu_benchmarks() -> str:
-    return _each(CPU, tables.compact, "CPU: **not measured**.")
-
-
-def gpu_benchmarks() -> str:
-    return _each(GPU, tables.compact, tables.NOT_MEASURED)
+AXES = ["device", "terms", "r", "T", "n", "m", "dtype", "dropout"]
+# What the tables and the plots by tokens show.
+SHOWN = "terms == 'full' and r == 16 and dropout == 0"
+GREY = "#7d8590"
+NOT_MEASURED = "Not measured on a GPU yet."
+PLOTS = (
+    ("ratio-by-tokens", "T", "ratio_to_frozen", "time / frozen layer's"),
+    ("ratio-by-rank", "r", "ratio_to_frozen", "time / frozen layer's"),
+    ("memory-by-tokens", "T", "peak_mib", "peak MiB"),
+)
 
 
-def cpu_targets() -> str:
-    return _each(CPU, targets.cpu, targets.cpu(Cells([])))
+def latest(frame: pd.DataFrame) -> pd.DataFrame:
+    """The last timed row of every contender and phase of a case, unless it failed since."""
+    frame = frame.reset_index(drop=True)
+    cell = [*AXES, "contender"]
+    position = pd.Series(frame.index, index=frame.index)
+    failures = position.where(frame.status == "failed").groupby([frame[k] for k in cell])
+    valid = position > failures.transform("max").fillna(-1)
+    timed = frame[valid & (frame.status == "timed")]
+    return timed.drop_duplicates([*cell, "phase"], keep="last")
 
 
-def gpu_targets() -> str:
-    """Of every GPU that has rows; without one, the targets alone."""
-    layers = cells.load(GPU, cells.RESULTS)
-    decoders = {_device(own): own for own in cells.load(f"decoder-{GPU}", cells.RESULTS)}
-    nothing = Cells([])
-    if not layers:
-        return f"{tables.NOT_MEASURED}\n\n{targets.gpu(nothing, nothing)}"
-    return "\n\n".join(
-        f"{_device(own)}:\n\n{targets.gpu(own, decoders.get(_device(own), nothing))}"
-        for own in layers
+def load(pattern: str) -> list[pd.DataFrame]:
+    """The latest rows of every device that the matching files name."""
+    found = [row for path in sorted(rows.RESULTS.glob(pattern)) for row in rows.read(path)]
+    if not found:
+        return []
+    frame = latest(pd.DataFrame(found))
+    return [own for _, own in frame.groupby("device", sort=False)]
+
+
+def markdown(table: pd.DataFrame, text_columns: int = 1) -> str:
+    """A table whose first columns are text and whose others are numbers."""
+    rule = ["---"] * text_columns + ["---:"] * (table.shape[1] - text_columns)
+    lines = (list(table.columns), rule, *table.fillna("").itertuples(index=False))
+    return "\n".join(f"| {' | '.join(map(str, line))} |" for line in lines)
+
+
+def conditions(frame: pd.DataFrame) -> str:
+    """Where, with what and when these rows were measured."""
+    each = (", ".join(map(str, frame[key].unique())) for key in ("device", "torch", "commit"))
+    days = sorted({date[:10] for date in frame.date})
+    where = "{}, torch {}, commit {}".format(*each)
+    return f"{where}, {' to '.join(dict.fromkeys((days[0], days[-1])))}"
+
+
+def shown(frame: pd.DataFrame, phase: str) -> pd.DataFrame:
+    """The rows of the shape that has most of them, the larger shape of equals."""
+    frame = frame.query(f"{SHOWN} and phase == '{phase}'")
+    if frame.empty:
+        return frame
+    n, m = frame.groupby(["n", "m"]).size().sort_values(kind="stable").index[-1]
+    return frame.query(f"n == {n} and m == {m}")
+
+
+def _cells(frame: pd.DataFrame) -> list[str]:
+    return [f"{row.ratio_to_frozen:.2f} ({row.median_ms:.3g})" for row in frame.itertuples()]
+
+
+def across(frame: pd.DataFrame, index: str, cells: Sequence[str]) -> str:
+    """One line for each value of ``index``, dtypes and tokens across."""
+    frame = frame.assign(cell=cells, column=frame.dtype + ", T=" + frame["T"].astype(str))
+    order = frame.assign(dtype=frame.dtype.map(list(rows.DTYPES).index)).sort_values(["dtype", "T"])
+    table = frame.pivot(index=index, columns="column", values="cell")
+    return markdown(table.loc[frame[index].unique(), order.column.unique()].reset_index())
+
+
+def ratios(frame: pd.DataFrame, phase: str) -> str:
+    """Ratio to the frozen layer and median of every contender."""
+    frame = shown(frame, phase)
+    if frame.empty:
+        return ""
+    order = frame.contender.map(list(CONTENDERS).index)
+    frame = frame.loc[order.sort_values(kind="stable").index]
+    what = {"both": "Forward + backward", "eval": "Evaluation without gradients"}[phase]
+    first = frame.iloc[0]
+    return (
+        f"{across(frame, 'contender', _cells(frame))}\n\n{what}, {first.n}→{first.m}, r=16: ratio "
+        "to the frozen linear layer in the same rounds (median ms in brackets). "
+        f"{conditions(frame)}."
     )
 
 
-def _device(own: Cells) -> str:
-    return str(next(own.rows())["device"])
+def _layers(pattern: str, phases: Sequence[str], absent: str) -> str:
+    tables = [ratios(own, phase) for own in load(pattern) for phase in phases]
+    return "\n\n".join(filter(None, tables)) or absent
 
 
-def decoder_layer() -> str:
-    """The decoder layer's own tables, a file after the other."""
-    files = sorted(cells.RESULTS.glob("decoder-*.jsonl"))
-    if not files:
-        return "Decoder layer: **not measured**."
-    # Its module needs transformers' shapes, which nothing else here does.
-    from .decoder import table
-
-    return "\n\n".join(table(path) for path in files)
-
-
-def model_against_measurement() -> str:
-    cpu = _each(CPU, tables.model, "CPU: not measured.")
-    gpu = _each(GPU, tables.model, tables.NOT_MEASURED)
-    return f"{cpu}\n\n{gpu}"
+def kernels() -> str:
+    """Microseconds of every kernel, and the share of the roofline."""
+    parts = []
+    for own in load("gpu*.jsonl"):
+        frame = own.query("phase == 'kernel' and r == 16 and terms == 'full' and n == 4096")
+        if not frame.empty:
+            frame = frame.assign(kernel=frame.contender.str.removeprefix("kernel:"))
+            cells = [
+                f"{1e3 * r.median_ms:.1f} ({r.roofline_share:.0%})" for r in frame.itertuples()
+            ]
+            caption = "4096→4096, r=16: microseconds (share of the roofline in brackets)."
+            parts.append(f"{across(frame, 'kernel', cells)}\n\n{caption} {conditions(frame)}.")
+    return "\n\n".join(parts) or NOT_MEASURED
 
 
-def shown_plots() -> str:
-    """Links to the plots that there are."""
-    files = sorted((cells.RESULTS / "plots").glob("*.svg"))
+def decoder() -> str:
+    """A table for each layer and dtype: contenders down."""
+    parts = []
+    keys = ["half", "size", "n", "m", "r"]
+    for own in load("decoder-*.jsonl"):
+        # A note goes on behind a semicolon where a layer could not be captured.
+        own = own.assign(half=own.dtype.str.partition("+")[0], size=own.note.str.partition(";")[0])
+        own["adapters"] = own.dtype.str.rpartition("+")[2].where(own.contender != FROZEN, "-")
+        for (dtype, size, n, m, r), frame in own.groupby(keys, sort=False):
+            frame = frame.assign(cell=_cells(frame)).set_index(["contender", "adapters", "phase"])
+            step = frame.xs("step", level="phase")
+            table = frame.cell.unstack("phase").loc[step.index]
+            table = table.set_axis(["forward + backward", "training step"], axis=1)
+            table["peak of a step, MiB"] = step.peak_mib.map("{:.1f}".format)
+            table["kept for the backward, MiB"] = step.saved_mib.map("{:.1f}".format)
+            caption = (
+                f"hidden {n}, intermediate {m}, {size}; adapters on {', '.join(TARGETS)}, r={r}, "
+                f"{dtype}: ratio to the frozen layer (median ms in brackets). A training step is "
+                f"forward, backward and AdamW on the adapters. {conditions(frame)}."
+            )
+            parts.append(f"{markdown(table.reset_index(), 2)}\n\n{caption}")
+    return "\n\n".join(parts) or "Not measured."
+
+
+def plot_links() -> str:
+    files = sorted((rows.RESULTS / "plots").glob("*.svg"))
     links = [f"![{path.stem.replace('-', ' ')}](results/plots/{path.name})" for path in files]
     return "\n\n".join(links) or "No plots yet."
 
 
-PARTS: dict[str, Callable[[], str]] = {
-    "cpu benchmarks": cpu_benchmarks,
-    "gpu benchmarks": gpu_benchmarks,
-    "cpu targets": cpu_targets,
-    "gpu targets": gpu_targets,
-    "decoder layer": decoder_layer,
-}
+def write_plots(folder: Path) -> None:
+    """An SVG for each kind of device and plot that the rows allow."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for kind in ("cpu", "gpu"):
+        for number, own in enumerate(load(f"{kind}*.jsonl")):
+            for name, x, y, unit in PLOTS:
+                stem = kind + f"-{number + 1}" * bool(number)
+                plot(own, x, y, unit, folder / f"{stem}-{name}.svg")
+
+
+def plot(frame: pd.DataFrame, x: str, y: str, unit: str, path: Path) -> None:
+    """A panel for each dtype, a line for each contender over tokens or rank."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+    from matplotlib.ticker import LogLocator, NullFormatter, NullLocator
+
+    base = shown(frame, "both")
+    if base.empty:
+        return
+    n, m = base.n.iloc[0], base.m.iloc[0]
+    frame = frame.query(
+        f"phase == 'both' and terms == 'full' and dropout == 0 and n=={n} and m=={m}"
+    )
+    # The other axis stays fixed: the usual rank, or the tokens with the most ranks.
+    fixed = frame.groupby("T").r.nunique().idxmax() if x == "r" else 16
+    frame = frame[frame["T" if x == "r" else "r"] == fixed]
+    if frame[x].nunique() < 2:
+        return
+    present = [name for name in CONTENDERS if name != FROZEN and name in set(frame.contender)]
+    dtypes = list(frame.dtype.unique())
+    # The same rows give the same file, with letters as text; mid-grey reads on light and on dark.
+    style: dict[Any, Any] = {
+        "svg.hashsalt": "pera",
+        "svg.fonttype": "none",
+        "savefig.transparent": True,
+    }
+    style |= dict.fromkeys(("text.color", "axes.labelcolor", "axes.edgecolor"), GREY)
+    style |= dict.fromkeys(("xtick.color", "ytick.color", "axes.titlecolor"), GREY)
+    with matplotlib.rc_context(style):
+        figure, axes = pyplot.subplots(
+            1, len(dtypes), figsize=(10, 4), sharey=True, squeeze=False, layout="constrained"
+        )
+        for axis, dtype in zip(axes[0], dtypes, strict=True):
+            # An absent contender is an empty column, so that every panel has the same legend.
+            lines = frame[frame.dtype == dtype].pivot(index=x, columns="contender", values=y)
+            for number, (name, points) in enumerate(lines.reindex(columns=present).items()):
+                width = 2.4 if name == "auto" else 1.2
+                axis.plot(points, marker="o", ms=3, lw=width, color=f"C{number}", label=name)
+            axis.set(xscale="log", yscale="log", xlabel="tokens" if x == "T" else "rank")
+            axis.set_title(f"{dtype}, {n}→{m}, {'r' if x == 'T' else 'T'}={fixed}")
+            axis.set_xticks(lines.index, [str(value) for value in lines.index])
+            axis.xaxis.set_minor_locator(NullLocator())
+            axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+            axis.yaxis.set_major_formatter("{x:g}")
+            axis.yaxis.set_minor_formatter(NullFormatter())
+            axis.grid(axis="y", alpha=0.2)
+        axes[0][0].set_ylabel(f"{unit}, forward + backward")
+        figure.legend(*axes[0][0].get_legend_handles_labels(), loc="outside right upper")
+        figure.savefig(path, metadata={"Date": None})
+        pyplot.close(figure)
+    path.write_text("\n".join(line.rstrip() for line in path.read_text().splitlines()) + "\n")
+
+
+gpu_layers = partial(_layers, "gpu*.jsonl", ("both",), NOT_MEASURED)
+PARTS: dict[str, Callable[[], str]] = {"gpu benchmarks": gpu_layers}
 # Those of benchmarks/README.md.
 PARTS_HERE: dict[str, Callable[[], str]] = {
-    "ablation": lambda: ablation.table(cells.RESULTS / "ablation-cpu.jsonl"),
-    "model": model_against_measurement,
-    "plots": shown_plots,
+    "cpu benchmarks": partial(_layers, "cpu*.jsonl", ("both", "eval"), "Not measured."),
+    "gpu benchmarks": partial(_layers, "gpu*.jsonl", ("both", "eval"), NOT_MEASURED),
+    "gpu kernels": kernels,
+    "decoder layer": decoder,
+    "plots": plot_links,
 }
+
+
+def render(text: str, parts: Mapping[str, Callable[[], str]], name: str) -> str:
+    """The document with every part between ``<!-- NAME: generated -->`` and ``<!-- end -->`` made
+    again.
+    """
+    for part, generate in parts.items():
+        pattern = re.compile(rf"(<!-- {part}: generated -->\n).*?(<!-- end -->)", re.DOTALL)
+        if len(pattern.findall(text)) != 1:
+            raise ValueError(f"{name} must have exactly one part marked {part!r}")
+        # As a replacement text its backslashes would be read.
+        escaped = generate().replace("\\", r"\\")
+        text = pattern.sub(rf"\g<1>{escaped}\n\g<2>", text)
+    return text
 
 
 def documents() -> dict[Path, str]:
     """What each README should read, by its path."""
-    found = {}
-    for path, parts in ((ROOT / "README.md", PARTS), (ROOT / "benchmarks/README.md", PARTS_HERE)):
-        found[path] = render(path.read_text(), parts, str(path.relative_to(ROOT)))
-    return found
-
-
-def write_plots(folder: Path) -> list[Path]:
-    """One SVG for each kind of device and plot that the rows allow."""
-    folder.mkdir(parents=True, exist_ok=True)
-    written = []
-    for kind, pattern in (("cpu", CPU), ("gpu", GPU)):
-        for number, own in enumerate(cells.load(pattern, cells.RESULTS)):
-            suffix = f"-{number + 1}" if number else ""
-            for name, draw in plots.PLOTS.items():
-                if (picture := draw(own)) is not None:
-                    path = folder / f"{kind}{suffix}-{name}.svg"
-                    path.write_text(picture)
-                    written.append(path)
-    return written
+    parts = {rows.ROOT / "README.md": PARTS, rows.ROOT / "benchmarks" / "README.md": PARTS_HERE}
+    return {path: render(path.read_text(), own, path.name) for path, own in parts.items()}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = options.OneLineParser(prog="python -m benchmarks.report", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.report")
     parser.add_argument("--check", action="store_true", help="change nothing, say what would")
     given = parser.parse_args(arguments)
     if not given.check:
-        write_plots(cells.RESULTS / "plots")
+        write_plots(rows.RESULTS / "plots")
     changed = {path: text for path, text in documents().items() if path.read_text() != text}
     for path, text in changed.items():
-        name = path.relative_to(ROOT)
         if given.check:
-            print(f"{name} is not what the rows say: run python -m benchmarks.report")
+            print(f"{path.relative_to(rows.ROOT)} is not what the rows say: run benchmarks.report")
         else:
             path.write_text(text)
     return int(given.check and bool(changed))

@@ -13,14 +13,8 @@ __all__ = ["main"]
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; the exit status, 2 for bad use."""
-    given = list(sys.argv[1:] if arguments is None else arguments)
-    if given[:1] == ["verify"]:
-        # It has a parser of its own, with its own --help.
-        from .verify.__main__ import main as verify
-
-        return verify(given[1:])
     parser = build(COMMANDS)
-    parsed = parser.parse_args(given)
+    parsed = parser.parse_args(arguments)
     try:
         return parsed.run(parsed)
     except (ImportError, OSError, TypeError, ValueError) as error:

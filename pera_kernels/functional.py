@@ -78,7 +78,8 @@ def apply(x: torch.Tensor, base: Base, adapter: Factors, options: Options) -> to
     with _without_autocast(x.device.type):
         if options.backend == "reference":
             return _reference(x, base, adapter, seed, options)
-        rows = base._replace(out=None if base.out is None else tokens(base.out))
+        # Not _replace: torch 2.8 does not trace it.
+        rows = Base(base.weight, base.bias, None if base.out is None else tokens(base.out))
         y = PeraFunction.apply(tokens(x), *rows, *adapter, seed, options)
     return y.view(*x.shape[:-1], y.shape[1])
 
@@ -178,7 +179,8 @@ def _as_autocast_says(x: torch.Tensor, *bases: Base) -> tuple[torch.Tensor, Base
     base = bases[0]
     dtype = autocast_dtype(x.device.type)
     if dtype is not None and x.dtype != torch.float64:
-        return x.to(dtype), base._replace(out=None if base.out is None else base.out.to(dtype))
+        out = None if base.out is None else base.out.to(dtype)
+        return x.to(dtype), Base(base.weight, base.bias, out)
     for own in bases:
         checks.check_same_dtype(x, own)
     return x, base

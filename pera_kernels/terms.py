@@ -1,5 +1,9 @@
 """Which monomials PERA keeps, how many there are, and in which order they stand.
 
+``terms`` says which products join the linear directions: ``"full"`` all with i <= j (Eq. 9),
+``"square"`` those with i = j (Eq. 10), ``"cross"`` those with i < j (Eq. 11), ``"linear"`` none,
+which is LoRA (Eq. 8).
+
 Letters used everywhere: ``T`` tokens, ``N`` in features, ``M`` out features, ``R`` rank, ``K``
 expanded rank, ``L`` coefficients. ``A`` is ``(R, N)``, ``B`` is ``(M, R)``, ``h`` is ``(L,)``.
 

@@ -1,21 +1,37 @@
 """The numeric rule, shared by the tests, ``verify`` and the benchmarks' correctness gate.
 
 Truth is the float64 reference on the same rounded inputs. The maximum and the RMS error of a
-candidate must each be at most twice the error of the plain reference run in the working dtype, plus
-a floor: four ulps of the output's largest value for the maximum, one of its RMS value for the
-RMS. The ratio of two errors of a handful of numbers says little, so a case with few coefficients is
-judged on several draws of its inputs pooled.
+candidate must each be at most twice the error of the plain reference run in the working dtype,
+plus a floor: four ulps of the output's largest value for the maximum, one ulp of its RMS value for
+the RMS. The ratio of two errors of a handful of numbers says little, so a case with few
+coefficients is judged on several draws of its inputs together.
 """
 
 from __future__ import annotations
 
 import math
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 
 import pera_kernels as pk
 from pera_kernels.terms import Terms, coefficient_count
+
+__all__ = [
+    "Case",
+    "Inputs",
+    "Verdict",
+    "check",
+    "draws",
+    "judge",
+    "make_inputs",
+    "poisoned_memory",
+    "run",
+]
 
 FACTOR = 2.0
 FLOOR_ULPS_MAX = 4.0
@@ -26,9 +42,7 @@ MAX_DRAWS = 8
 
 @dataclass(frozen=True)
 class Case:
-    """One problem: sizes, terms, dtypes and how it is computed. ``adapter_dtype=None`` means
-    ``dtype``.
-    """
+    """One problem: its sizes, terms, dtypes (``adapter_dtype=None`` means ``dtype``) and plan."""
 
     op: str = "pera_linear"
     terms: Terms = "full"
@@ -50,9 +64,7 @@ class Case:
 
 @dataclass
 class Inputs:
-    """Rounded inputs of a case: x ``(T, N)``, weight ``(M, N)``, A, B, h, bias, and the output
-    gradient.
-    """
+    """Tensors of a case, rounded to its dtypes; ``dy`` is the gradient of the output."""
 
     x: torch.Tensor
     weight: torch.Tensor
@@ -78,6 +90,7 @@ class Verdict:
     worst_got: float = math.nan
     worst_truth: float = math.nan
     notes: tuple[str, ...] = ()
+    count: int = 0  # of the values compared, in all draws together
 
     @property
     def ratio(self) -> float:
@@ -107,9 +120,8 @@ def _over(error: float, allowed: float) -> float:
 
 
 def make_inputs(case: Case, device: torch.device | str = "cpu") -> Inputs:
-    """Random inputs whose linear and quadratic parts have comparable size, rounded to the case's
-    dtypes. They are drawn on ``device``: at a benchmark's sizes a CPU would take seconds.
-    """
+    """Random inputs whose linear and quadratic parts have comparable size."""
+    # Drawn on the device itself: at a benchmark's sizes a CPU would take seconds.
     generator = torch.Generator(device).manual_seed(case.seed)
 
     def normal(*shape: int, std: float, dtype: torch.dtype) -> torch.Tensor:
@@ -141,41 +153,23 @@ def run(
     The dropout seed follows from the case's seed, so that every backend draws the same mask.
     """
 
-    def prepare(t: torch.Tensor | None, grad: bool) -> torch.Tensor | None:
-        if t is None:
-            return None
-        return (t.detach().double() if exact else t.detach()).clone().requires_grad_(grad)
-
-    A, B, h = (prepare(t, True) for t in (inputs.A, inputs.B, inputs.h))
-    assert A is not None and B is not None
-    leaves = {"dA": A, "dB": B}
-    if h is not None:
-        leaves["dh"] = h
+    copies: dict[str, Any] = {
+        name: None if t is None else t.detach().to(torch.float64 if exact else t.dtype, copy=True)
+        for name, t in vars(inputs).items()
+    }
+    differentiated = ("A", "B", "h") if case.op == "delta_weight" else ("x", "A", "B", "h")
+    leaves = {
+        f"d{name}": copies[name].requires_grad_()
+        for name in differentiated
+        if copies[name] is not None
+    }
+    dy = copies.pop("dy")
+    options: dict[str, Any] = {"scale": case.scale, "terms": case.terms, "backend": backend}
     if case.op == "delta_weight":
-        y = pk.delta_weight(A, B, h, scale=case.scale, terms=case.terms, backend=backend)
+        y = pk.delta_weight(copies["A"], copies["B"], copies["h"], **options)
     else:
-        x, weight, bias = (
-            prepare(inputs.x, True),
-            prepare(inputs.weight, False),
-            prepare(inputs.bias, False),
-        )
-        assert x is not None and weight is not None
-        leaves = {"dx": x, **leaves}
         torch.manual_seed(case.seed)
-        y = pk.pera_linear(
-            x,
-            weight,
-            A,
-            B,
-            h,
-            bias,
-            scale=case.scale,
-            terms=case.terms,
-            dropout_p=case.dropout_p,
-            backend=backend,
-            plan=case.plan,
-        )
-    dy = inputs.dy.double() if exact else inputs.dy
+        y = pk.pera_linear(**copies, **options, dropout_p=case.dropout_p, plan=case.plan)
     gradients = torch.autograd.grad(y, list(leaves.values()), dy)
     return {"y": y.detach(), **dict(zip(leaves, gradients, strict=True))}
 
@@ -209,13 +203,19 @@ def judge(
         worst_got=float(got.flatten()[worst]),
         worst_truth=float(truth.flatten()[worst]),
         notes=() if torch.isfinite(got).all() else ("not finite",),
+        count=truth.numel(),
     )
 
 
-def check(case: Case, backend: str, device: torch.device | str = "cpu") -> list[Verdict]:
-    """Run a case by truth, working-dtype reference and ``backend``; one verdict per output."""
+def check(
+    case: Case, backend: str, device: torch.device | str = "cpu", *, pooled: int | None = None
+) -> list[Verdict]:
+    """Run a case by truth, working-dtype reference and ``backend``; one verdict per output.
+
+    ``pooled`` is how many draws of the inputs are judged together, ``draws(case)`` by default.
+    """
     outputs: list[list[dict[str, torch.Tensor]]] = [[], [], []]
-    for draw in range(draws(case)):
+    for draw in range(pooled or draws(case)):
         drawn = replace(case, seed=case.seed + 1000 * draw)
         inputs = make_inputs(drawn, device)
         outputs[0].append(run(drawn, inputs, backend))
@@ -232,3 +232,17 @@ def draws(case: Case) -> int:
     """How many draws are pooled: enough for ``POOLED_COEFFICIENTS`` values of dh."""
     count = coefficient_count(case.r, case.terms)
     return 1 if count == 0 else min(MAX_DRAWS, math.ceil(POOLED_COEFFICIENTS / count))
+
+
+@contextmanager
+def poisoned_memory() -> Iterator[None]:
+    """Fill fresh memory with NaN, so that what nobody wrote is not mistaken for a result."""
+    before = torch.are_deterministic_algorithms_enabled()
+    warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=".*deterministic")
+            yield
+    finally:
+        torch.use_deterministic_algorithms(before, warn_only=warn_only)

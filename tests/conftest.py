@@ -2,7 +2,11 @@
 
 import os
 
-import torch
+# The tensors are small: a second thread would cost more than it gives. For PyTorch in every thread
+# and process of the tests, so before it is imported.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import torch  # noqa: E402
 
 HAS_GPU = torch.cuda.is_available()
 if not HAS_GPU:

@@ -3,34 +3,27 @@
 ``test_properties.py`` runs them; ``check_rule(Problem(...))`` runs a printed example again.
 """
 
-import json
 import math
 import random
-import time
-from collections import Counter
 from dataclasses import dataclass, replace
-from datetime import date
-from pathlib import Path
 
 import numpy as np
 import torch
 from hypothesis import strategies as st
 
 import pera_kernels as pk
-from benchmarks.results import commit
-from pera_kernels import testing as numerics
+from pera_kernels import testing
 from pera_kernels.dropout import draw_seed, keep_mask
 from pera_kernels.terms import TERMS, coefficient_count, pairs
-
-RESULTS = Path(__file__).parent / "results" / "properties.jsonl"
 
 F32, F64, BF16, F16 = torch.float32, torch.float64, torch.bfloat16, torch.float16
 # A truth for float64 needs a wider type, which not every platform has.
 WIDE = np.finfo(np.longdouble).eps < np.finfo(np.float64).eps
 DTYPES = [F32, BF16, F16, *([F64] if WIDE else [])]
-POOLED_VALUES = 64
-DRAWS, MORE_DRAWS_INTERPRETED = 8, 16
-MORE_DRAWS, MORE_POOLED_VALUES = 64, 1024
+# An output of few values is judged on several draws of the inputs together; a verdict that chance
+# may have spoken is asked for again with many more. Interpreted kernels take too long for as many.
+POOLED_VALUES, DRAWS = 64, 8
+MORE_POOLED_VALUES, MORE_DRAWS, MORE_DRAWS_INTERPRETED = 1024, 64, 16
 NAMES = ("x", "weight", "bias", "A", "B", "h", "dy")
 LAYOUTS = ("dense", "transposed", "sliced", "padded", "offset", "expanded")
 
@@ -52,8 +45,8 @@ class Problem:
     dropout_p: float = 0.0
     plan: str = "auto"
     bias: bool = True
-    # Which inputs require a gradient; None is a call under no_grad, made four times.
-    needs: tuple[str, ...] | None = ("x", "A", "B", "h")
+    # Which inputs require a gradient.
+    needs: tuple[str, ...] = ("x", "A", "B", "h")
     layouts: tuple[str, ...] = ("dense",) * 7
     # Powers of ten that the inputs are multiplied by, in the order of NAMES.
     sizes: tuple[int, ...] = (0,) * 7
@@ -73,25 +66,22 @@ class Problem:
     def differentiated(self) -> tuple[str, ...]:
         missing = {"h"} if self.terms == "linear" else set()
         missing |= {"x"} if self.op == "delta_weight" else set()
-        return tuple(n for n in self.needs or () if n not in missing)
+        return tuple(n for n in self.needs if n not in missing)
 
-
-def shapes(p):
-    return {
-        "x": (*p.batch, p.N),
-        "weight": (p.M, p.N),
-        "bias": (p.M,),
-        "A": (p.r, p.N),
-        "B": (p.M, p.r),
-        "h": (coefficient_count(p.r, p.terms),),
-        "dy": (p.M, p.N) if p.op == "delta_weight" else (*p.batch, p.M),
-    }
-
-
-def dtypes(p):
-    dy = p.factor_dtype if p.op == "delta_weight" else p.dtype
-    own = {"A": p.factor_dtype, "B": p.factor_dtype, "h": p.h_dtype, "dy": dy}
-    return {name: own.get(name, p.dtype) for name in NAMES}
+    @property
+    def tensors(self) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+        """Shape and dtype of each input."""
+        delta, factor = self.op == "delta_weight", self.factor_dtype
+        y = (self.M, self.N) if delta else (*self.batch, self.M)
+        return {
+            "x": ((*self.batch, self.N), self.dtype),
+            "weight": ((self.M, self.N), self.dtype),
+            "bias": ((self.M,), self.dtype),
+            "A": ((self.r, self.N), factor),
+            "B": ((self.M, self.r), factor),
+            "h": ((coefficient_count(self.r, self.terms),), self.h_dtype),
+            "dy": (y, factor if delta else self.dtype),
+        }
 
 
 def laid_out(t, layout):
@@ -117,14 +107,15 @@ def laid_out(t, layout):
 
 
 def make_inputs(p, draw=0):
-    """Random inputs by name, as ``numerics.make_inputs`` sizes them, with the special values."""
+    """Random inputs by name, as ``testing.make_inputs`` sizes them, with the special values."""
     generator = torch.Generator().manual_seed(p.seed + 1000 * draw)
     std = {"weight": max(p.N, 1) ** -0.5, "A": 0.5, "B": 0.5}
     place = random.Random(p.seed)
     inputs = {}
     for name, size, layout in zip(NAMES, p.sizes, p.layouts, strict=True):
-        values = torch.randn(shapes(p)[name], generator=generator, dtype=F64)
-        t = (values * std.get(name, 1.0) * 10.0**size).to(dtypes(p)[name])
+        shape, dtype = p.tensors[name]
+        values = torch.randn(shape, generator=generator, dtype=F64)
+        t = (values * std.get(name, 1.0) * 10.0**size).to(dtype)
         for where, value, count in p.special:
             if where == name and t.numel():
                 flat = t.view(-1)
@@ -164,18 +155,14 @@ def evaluate(p, inputs, backend, *, exact=False):
         )
         return y.view(*p.batch, p.M)
 
-    if p.needs is None:
-        with torch.no_grad():
-            y = call()
-            # The third call keeps the expansions, the fourth uses what was kept.
-            if not exact and backend == "torch":
-                assert all(same_bits(call(), y) for _ in range(3))
-        return {"y": y}
     y = call()
     assert y.requires_grad == bool(needs)
-    leaves = {"x": x, "A": A, "B": B, "h": h}
+    if not exact and backend == "torch":
+        with torch.no_grad():
+            assert same_bits(call(), y), f"{p}\nother bits without gradients"
     if needs:
         y.backward(inputs["dy"].double() if exact else inputs["dy"])
+    leaves = {"x": x, "A": A, "B": B, "h": h}
     for name, t in leaves.items():
         assert t is None or (t.grad is None) == (name not in needs), name
     return {"y": y.detach(), **{f"d{name}": leaves[name].grad for name in needs}}
@@ -185,13 +172,9 @@ def same_bits(a, b):
     return torch.equal(a.isnan(), b.isnan()) and torch.equal(a.nan_to_num(), b.nan_to_num())
 
 
+@np.errstate(all="ignore")
 def wide_truth(p, inputs):
     """Output and gradients by the formulas in a type wider than float64, as float64."""
-    with np.errstate(all="ignore"):
-        return _wide_truth(p, inputs)
-
-
-def _wide_truth(p, inputs):
 
     def wide(name, shape=None):
         t = inputs[name]
@@ -225,7 +208,7 @@ def _wide_truth(p, inputs):
         dphi_A, dphi_B, dh = s * v.T @ dropped, s * u.T @ dy, s * (u * v).sum(0)
     dA, dB = contract(c[:, None] * dphi_A, A), contract(c[:, None] * dphi_B, B).T
     found = {"y": y, "dx": dx, "dA": dA, "dB": dB, "dh": dh[p.r :]}
-    shape = {"y": shapes(p)["dy"], "dx": shapes(p)["x"]}
+    shape = {"y": inputs["dy"].shape, "dx": inputs["x"].shape}
     return {
         name: torch.from_numpy(np.ascontiguousarray(found[name], np.float64)).view(
             shape.get(name, found[name].shape)
@@ -270,38 +253,6 @@ def limit(p):
     return min(torch.finfo(t).max for t in (p.dtype, p.factor_dtype, p.h_dtype))
 
 
-class Figures:
-    """What a run of many cases adds up to."""
-
-    def __init__(self):
-        self.started, self.cases, self.failures = time.time(), Counter(), []
-        self.worst = Counter()
-
-    def write(self):
-        try:
-            import triton
-        except ImportError:
-            triton = None
-        row = {
-            "cases": sum(self.cases.values()),
-            "by_check": dict(self.cases),
-            "failures": len(self.failures),
-            "failed": self.failures,
-            "worst_ratio": {k: round(v, 4) for k, v in sorted(self.worst.items())},
-            "seconds": round(time.time() - self.started, 1),
-            "torch": torch.__version__,
-            "triton": triton and triton.__version__,
-            "date": date.today().isoformat(),
-            "commit": commit() or "unknown",
-        }
-        RESULTS.parent.mkdir(exist_ok=True)
-        with RESULTS.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(row) + "\n")
-
-
-FIGURES = Figures()
-
-
 def all_underflow(p, truth):
     """Whether an output is so small that the order of the factors decides what is left of it."""
     info = torch.finfo(p.dtype)
@@ -321,30 +272,29 @@ def pooled_verdicts(p, backend, draws):
     for name in outputs[0][0]:
         got, reference, truth = (torch.stack([o[name] for o in group]) for group in outputs)
         if not all_underflow(p, truth):
-            verdicts[name] = numerics.judge(name, got, reference, truth, p.dtype)
+            verdicts[name] = testing.judge(name, got, reference, truth, p.dtype)
     return verdicts
 
 
 def check_rule(p, backend="torch"):
     """Where nothing can overflow, the numeric rule; else :func:`check_overflow`.
 
-    The errors of few numbers are pooled over draws of the inputs, as ``numerics.check`` does; a
+    The errors of few numbers are pooled over draws of the inputs, as ``testing.check`` does; a
     verdict that chance may have spoken is asked for again with many more draws.
     """
-    sizes = [math.prod(shapes(p)[name]) for name in ("dy", *p.differentiated)]
+    sizes = [math.prod(p.tensors[name][0]) for name in ("dy", *p.differentiated)]
     fewest = min(filter(None, sizes), default=POOLED_VALUES)
     draws = min(DRAWS, -(-POOLED_VALUES // fewest))
     inputs = [make_inputs(p, draw) for draw in range(draws)]
     if max(largest(p, own) for own in inputs) > limit(p) / 4:
         return check_overflow(p, inputs[0], backend)
-    verdicts, interpreted = pooled_verdicts(p, backend, draws), backend == "triton"
+    verdicts = pooled_verdicts(p, backend, draws)
     if not all(v.passed for v in verdicts.values()):
         more = max(MORE_DRAWS, -(-MORE_POOLED_VALUES // fewest))
-        verdicts = pooled_verdicts(p, backend, MORE_DRAWS_INTERPRETED if interpreted else more)
-    key = f"{backend} {str(p.dtype).removeprefix('torch.')}"
+        more = MORE_DRAWS_INTERPRETED if backend == "triton" else more
+        verdicts = pooled_verdicts(p, backend, more)
     for verdict in verdicts.values():
         assert verdict.passed, f"{p}\n{verdict}"
-        FIGURES.worst[key] = max(FIGURES.worst[key], verdict.ratio)
 
 
 def check_overflow(p, inputs, backend):
@@ -433,7 +383,7 @@ def problems(draw, backend="torch", most=48, most_rank=20, special="finite", dec
         dropout_p=0.0 if plan == "composed" else draw(st.sampled_from([0.0, 0.0, 0.3])),
         plan=plan,
         bias=draw(st.booleans()),
-        needs=draw(st.none() | st.lists(st.sampled_from("xABh"), unique=True).map(tuple)),
+        needs=draw(st.lists(st.sampled_from("xABh"), unique=True).map(tuple)),
         layouts=tuple(layouts),
         seed=draw(st.integers(0, 2**20)),
     )

@@ -100,6 +100,15 @@ def test_composed_needs_a_plain_base():
     assert base.weight.requires_grad
 
 
+def test_an_injection_that_fails_half_way_leaves_everything_trainable():
+    """The second layer is float64, which the Triton backend does not compute in."""
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4).double())
+    with pytest.raises(ValueError, match="backend='triton' cannot run here"):
+        pk.inject(model, r"\d", 2, backend="triton")
+    assert [type(layer) for layer in model] == [nn.Linear, nn.Linear]
+    assert all(p.requires_grad for p in model.parameters())
+
+
 def run_python(code, **environment):
     return subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, env=environment, timeout=120

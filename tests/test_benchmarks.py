@@ -1,428 +1,301 @@
-"""The benchmark suite at tiny sizes: what it refuses, writes and compares. No times."""
+"""``benchmarks``: what is judged, timed, kept and shown, at tiny sizes. No test asserts a time."""
 
 import contextlib
 import json
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from types import SimpleNamespace
 
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
+import pera_kernels as pk
 from benchmarks import __main__ as program
-from benchmarks import ceilings, contenders, overhead, peers, presets, results, timing
-from benchmarks.contenders import CONTENDERS, FROZEN, Layer, find
-from benchmarks.gate import Gate
-from pera_kernels.verify.numerics import Case, make_inputs
+from benchmarks import kernels, layers, roofline, rows, timing
+from benchmarks.contenders import FROZEN, Layer, Pera
+from benchmarks.gate import judge_all
+from benchmarks.layers import CONTENDERS, PHASES, phase_call
+from benchmarks.memory import memory
+from benchmarks.peers import PEER_ALLOWED, Released
+from pera_kernels.testing import Case, make_inputs
 
 CPU = torch.device("cpu")
-CASE = Case(r=3, T=9, N=20, M=12, scale=1.0)
-TINY = ["--device", "cpu", "--T", "5", "--shapes", "24x16", "--ranks", "3", "--rounds", "2"]
-TINY += ["--dtypes", "float32"]
-QUICKLY = ("merged", "reference", "peft-lora", "released", "auto", "torch", "torch-composed")
+CASE = Case(terms="full", r=4, T=10, N=24, M=16, scale=1.0)
+TINY = "--device cpu --shapes 24x16 --T 8 --ranks 3 --dtypes float32 --rounds 2".split()
+MIB = 2**20
 
 
 @pytest.fixture(autouse=True)
-def small_and_compiled(monkeypatch):
-    """Few input sets and short samples; kernels count as compiled, on the CPU as unavailable."""
-    monkeypatch.setattr(timing, "MAX_SETS", 2)
-    monkeypatch.setattr(timing, "SAMPLE_MS", 0.01)
-    monkeypatch.setitem(ceilings.COPY_BYTES, "cpu", 2**16)
-    monkeypatch.setitem(ceilings.GEMM_SIDE, "cpu", 32)
-    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+def small(monkeypatch):
+    monkeypatch.setattr(timing, "CPU_CACHE_BYTES", 2_000)
+    monkeypatch.setattr(timing, "SAMPLE_MS", {"cpu": 0.01, "cuda": 0.01})
+    monkeypatch.setattr(roofline, "COPY_BYTES", {"cpu": 2**10, "cuda": 2**10})
+    monkeypatch.setattr(roofline, "GEMM_SIDE", {"cpu": 16, "cuda": 16})
+    monkeypatch.setenv("PERA_COMMIT", "0123456789ab")
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
-def rows_of(path):
-    return [json.loads(line) for line in path.read_text().splitlines()]
+def failures(contenders, case=CASE):
+    judged = judge_all(contenders, case, make_inputs(case), CPU)
+    return {name: judgement.failure for name, judgement in judged.items()}
 
 
-def ratios(judgements):
-    return {name: judged.error_ratio for name, judged in judgements.items()}
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("terms, dropout", [("full", 0.0), ("square", 0.25), ("linear", 0.0)])
+def test_every_contender_that_can_run_here_passes_the_gate(terms, dropout, dtype):
+    case = replace(CASE, terms=terms, dropout_p=dropout, dtype=dtype)
+    # Kernels have tests of their own in the interpreter, and compiling takes long.
+    names = set(CONTENDERS) - {"triton", "triton-composed", "reference-compiled"}
+    chosen, reasons = layers.select(case, CPU, names)
+    assert [own.name for own in chosen][0] == FROZEN
+    assert {"reference", "auto", "torch"} <= {own.name for own in chosen}
+    assert ("merged" in reasons) == (dropout > 0) and ("released" in reasons) == (terms != "full")
+    assert ("released-amp" in reasons) == (terms != "full" or dtype == torch.float32)
+    assert set(failures(chosen, case).values()) == {None}
 
 
-def failure(contender, case=CASE):
-    return Gate(case, CPU).judge_all([contender])[contender.name].failure
+def test_the_gate_refuses_what_is_wrong():
+    @dataclass(frozen=True)
+    class Wrong(Pera):
+        how: str = ""
 
+        def build(self, case, inputs):
+            layer = super().build(case, inputs)
+            if self.how == "raises":
+                raise RuntimeError("out of registers")
+            if self.how == "forgets":
+                return Layer(layer.module, {"dA": layer.trains["dA"]})
+            layer.module.register_forward_hook(lambda module, args, y: 1.01 * y)
+            return layer
 
-def test_a_run_appends_one_row_for_each_contender_and_phase(tmp_path, capsys):
-    out = tmp_path / "new" / "rows.jsonl"
-    assert program.main([*TINY, "--only", ",".join(QUICKLY), "--out", str(out)]) == 0
-    rows = rows_of(out)
-    names = {FROZEN, *QUICKLY}
-    assert {(row["contender"], row["phase"]) for row in rows} == {
-        (name, phase) for name in names for phase in timing.PHASES
-    }
-    assert len(rows) == len(names) * len(timing.PHASES)
-    for row in rows:
-        assert list(row) == list(results.Row.__dataclass_fields__)
-        assert 0 < row["p20_ms"] <= row["median_ms"] <= row["p80_ms"]
-        assert row["ratio_to_frozen"] > 0 and row["status"] == "timed"
-        assert row["ratio_to_frozen"] == 1.0 or row["contender"] != FROZEN
-        assert row["peak_mib"] > 0 and row["saved_mib"] >= 0 and row["graph"] is False
-        assert row["launches"] is None and row["host_us"] is None
-        assert row["tflops"] > 0 and row["gbps"] > 0 and row["roofline_share"] > 0
-        assert (row["error_ratio"] is None) == (row["contender"] == FROZEN)
-        assert (row["T"], row["n"], row["m"], row["r"]) == (5, 24, 16, 3)
-        assert row["dtype"] == "float32" and row["torch"] == torch.__version__
-    assert max(map(len, capsys.readouterr().out.splitlines())) <= 120
-    program.main([*TINY, "--only", "torch", "--phases", "both", "--out", str(out)])
-    assert [row["contender"] for row in rows_of(out)[len(rows) :]] == ["frozen", "torch"]
-
-
-def test_shares_of_the_roofline_follow_from_a_row(tmp_path):
-    out = tmp_path / "rows.jsonl"
-    program.main([*TINY, "--only", "torch", "--phases", "forward", "--out", str(out)])
-    for row in rows_of(out):
-        sides = row["tflops"] / row["ceiling_tflops"], row["gbps"] / row["ceiling_gbps"]
-        assert row["roofline_share"] == pytest.approx(max(sides), rel=1e-3)
-        if row["contender"] == FROZEN:
-            assert row["tflops"] * row["median_ms"] * 1e9 == pytest.approx(
-                2 * 5 * 24 * 16, rel=1e-3
-            )
-
-
-def test_who_cannot_run_is_named_with_the_reason(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(peers.importlib.util, "find_spec", lambda name: None)
-    arguments = [*TINY, "--phases", "forward", "--only", "torch,triton,peft-lora,released-amp"]
-    assert program.main([*arguments, "--out", str(tmp_path / "rows.jsonl")]) == 0
-    printed = capsys.readouterr().out
-    assert "triton: not timed: its kernels need a GPU" in printed
-    assert "peft-lora: not timed: the peft package is not installed" in printed
-    assert "released-amp: not timed: autocast is for half precision" in printed
-
-
-def test_a_compiled_reference_is_timed_but_not_backward_alone(tmp_path, capsys):
-    if reason := find("reference-compiled").unavailable(CASE, CPU):
-        pytest.skip(reason)
-    out = tmp_path / "rows.jsonl"
-    arguments = ["--only", "reference-compiled", "--phases", "backward,both,eval"]
-    assert program.main([*TINY, *arguments, "--out", str(out)]) == 0
-    compiled = [r for r in rows_of(out) if r["contender"] == "reference-compiled"]
-    assert [row["phase"] for row in compiled] == ["both", "eval"]
-    assert compiled[0]["error_ratio"] <= 1
-    assert "reference-compiled: no backward alone" in capsys.readouterr().out
-
-
-def test_resume_skips_what_the_file_has_of_this_commit(tmp_path, capsys, monkeypatch):
-    out = tmp_path / "rows.jsonl"
-    arguments = [*TINY, "--only", "torch", "--phases", "both", "--out", str(out), "--resume"]
-    for expected in (2, 2):
-        assert program.main(arguments) == 0
-        assert len(rows_of(out)) == expected
-    assert "done before" in capsys.readouterr().out
-    assert program.main([*arguments, "--phases", "both,eval"]) == 0
-    assert len(rows_of(out)) == 6
-    monkeypatch.setattr(results, "commit", lambda: "another")
-    assert program.main(arguments) == 0
-    assert len(rows_of(out)) == 8
-
-
-def test_a_budget_stops_between_cases_and_says_what_is_left(tmp_path, capsys, monkeypatch):
-    clock = iter(range(0, 10_000, 40))
-    monkeypatch.setattr(program.time, "monotonic", lambda: next(clock))
-    out = tmp_path / "rows.jsonl"
-    arguments = [*TINY, "--T", "2,3,4", "--only", "torch", "--phases", "forward"]
-    # A case takes 40 s by this clock, and the first starts at 40: a second would end after 120.
-    assert program.main([*arguments, "--budget", "119", "--out", str(out)]) == 0
-    assert {row["T"] for row in rows_of(out)} == {2}
-    printed = capsys.readouterr().out
-    assert "the budget of 119 s is used up; left out, 2:" in printed
-    assert "T=3  n=24" in printed and "T=4  n=24" in printed
-
-
-def test_presets_plan_every_case_once_and_take_an_axis_from_the_command_line():
-    for preset in presets.PRESETS.values():
-        for grids in preset.grids.values():
-            planned = presets.plan(grids, {})
-            assert len({p.case for p in planned}) == len(planned) > 0
-    targets = presets.plan(presets.PRESETS["targets"].grids["cpu"], {})
-    assert len(targets) == 4 * 2 * 3 * 2 and {p.phases for p in targets} == {("both", "eval")}
-    narrowed = presets.plan(presets.PRESETS["gpu"].grids["cuda"], {"T": (7,), "phases": ("eval",)})
-    assert {p.case.T for p in narrowed} == {7} and {p.phases for p in narrowed} == {("eval",)}
-    everything = presets.plan(presets.PRESETS["grid"].grids["cuda"], {})
-    assert len(everything) == 8 * 4 * 4 * 5 * 4 * 2
-
-
-def test_composed_plans_run_below_float32_only_if_asked(tmp_path):
-    out = tmp_path / "rows.jsonl"
-    case = replace(CASE, dtype=torch.bfloat16)
-    chosen, reasons = contenders.select(case, CPU, None)
-    assert "torch-composed" not in {own.name for own in chosen}
-    assert "rounds W0 + ΔW to torch.bfloat16" in reasons["torch-composed"]
-    arguments = [*TINY, "--dtypes", "bfloat16", "--phases", "forward", "--out", str(out)]
-    assert program.main([*arguments, "--only", "torch-composed"]) == 0
-    assert rows_of(out)[-1]["contender"] == "torch-composed"
-
-
-def test_a_preset_leaves_out_whom_it_names_unless_asked():
-    without = ("torch",)
-    chosen, reasons = contenders.select(CASE, CPU, None, without)
-    assert "torch" not in {own.name for own in chosen}
-    assert reasons["torch"] == "the preset leaves it out of this case"
-    assert [own.name for own in contenders.select(CASE, CPU, ("torch",), without)[0]] == [
-        FROZEN,
-        "torch",
-    ]
-
-
-def test_what_fails_the_gate_is_not_timed(tmp_path, monkeypatch, capsys):
-    good = find("torch")
-
-    def build(case, inputs):
-        layer = good.build(case, inputs)
-        layer.module.register_forward_hook(lambda module, args, y: 1.01 * y)
-        return layer
-
-    everyone = (*(c for c in CONTENDERS if c is not good), replace(good, build=build))
-    monkeypatch.setattr(contenders, "CONTENDERS", everyone)
-    out = tmp_path / "rows.jsonl"
-    assert program.main([*TINY, "--only", "torch,reference", "--out", str(out)]) == 1
-    rows = rows_of(out)
-    bad = [row for row in rows if row["contender"] == "torch"]
-    assert [(row["status"], row["phase"], row["median_ms"]) for row in bad] == [
-        ("failed", "gate", None)
-    ]
-    assert "y: max error" in bad[0]["note"]
-    assert sum(row["contender"] == "reference" for row in rows) == len(timing.PHASES)
-    assert "torch: y: max error" in capsys.readouterr().out
-
-
-def test_the_gate_wants_every_gradient_and_takes_an_exception_as_a_failure():
-    good = find("torch")
-
-    def forgets(case, inputs):
-        layer = good.build(case, inputs)
-        return Layer(layer.module, {"dA": layer.trains["dA"]})
-
-    def raises(case, inputs):
-        raise RuntimeError("out of registers")
-
-    assert failure(good) is None
-    assert failure(replace(good, build=forgets)) == "no dB, dh"
-    assert failure(replace(good, build=raises)) == "RuntimeError: out of registers"
-
-
-@pytest.mark.parametrize("dropout", [0.0, 0.25])
-@pytest.mark.parametrize("terms", ["full", "square", "cross", "linear"])
-def test_every_contender_that_can_run_here_passes_the_gate(terms, dropout):
-    case = replace(CASE, terms=terms, dropout_p=dropout)
-    # Compiling takes long: the compiled reference has a test of its own.
-    slow = "reference-compiled"
-    available = [c for c in CONTENDERS if c.unavailable(case, CPU) is None and c.name != slow]
-    names = {own.name for own in available}
-    assert {FROZEN, "reference", "auto", "torch", "peft-lora"} <= names
-    assert ("merged" in names) == (dropout == 0.0) and ("released" in names) == (terms == "full")
-    judged = Gate(case, CPU).judge_all(available)
-    assert [judgement.failure for judgement in judged.values()] == [None] * len(available)
-    assert [name for name, ratio in ratios(judged).items() if ratio is None] == [FROZEN]
-
-
-@pytest.mark.parametrize("adapter_dtype", [torch.bfloat16, torch.float32])
-def test_peers_compute_the_same_function_within_our_own_rule(adapter_dtype):
-    case = replace(CASE, dtype=torch.bfloat16, adapter_dtype=adapter_dtype, T=64)
-    available = [c for c in peers.PEERS if c.unavailable(case, CPU) is None]
-    names = {own.name for own in available}
-    working = {"peft-lora", "released"} if adapter_dtype == torch.bfloat16 else set()
-    assert names == {"peft-lora-amp", "released-amp"} | working
-    found = ratios(Gate(case, CPU).judge_all(available))
-    assert all(0 < found[name] < 1 for name in names)
+    found = failures([Wrong(how, how=how) for how in ("raises", "forgets", "scales")])
+    assert found["raises"] == "RuntimeError: out of registers"
+    assert found["forgets"] == "no dB, dh"
+    assert "y: max error" in found["scales"]
 
 
 def test_a_peer_that_adds_the_bias_twice_is_refused():
-    good = find("released")
+    class Twice(Released):
+        def build(self, case, inputs):
+            layer = super().build(case, inputs)
+            layer.module.register_forward_hook(lambda module, args, y: y + inputs.bias)
+            return layer
+
     case = replace(CASE, dtype=torch.bfloat16)
-
-    def build(case, inputs):
-        layer = good.build(case, inputs)
-        layer.module.register_forward_hook(lambda module, args, y: y + inputs.bias)
-        return layer
-
-    judged = Gate(case, CPU).judge_all([replace(good, build=build)])["released"]
-    assert judged.error_ratio > 2 * peers.PEER_ALLOWED and "y: max error" in judged.failure
+    own = Twice("twice", allowed=PEER_ALLOWED)
+    assert "y: max error" in failures([own], case)["twice"]
 
 
-def test_peers_apply_dropout_in_training_only():
-    case = replace(CASE, dropout_p=0.5)
-    inputs = make_inputs(case, CPU)
-    for name in ("peft-lora", "released"):
-        module = find(name).build(case, inputs).module
-        assert not torch.equal(module(inputs.x), module(inputs.x))
-        module.eval()
-        torch.testing.assert_close(module(inputs.x), module(inputs.x), rtol=0, atol=0)
-
-
-@pytest.mark.parametrize("name", [FROZEN, *QUICKLY])
-def test_a_backward_can_be_repeated_and_leaves_what_it_reads(name):
-    inputs = timing.input_sets(make_inputs(CASE, CPU), CPU)[0]
-    layer = find(name).build(CASE, inputs)
-    backward = timing.phase_call(layer, inputs, "backward")
-    first, second, both = backward(), backward(), timing.phase_call(layer, inputs, "both")()
+@pytest.mark.parametrize("name", [FROZEN, "merged", "reference", "peft-lora", "released", "auto"])
+def test_phases_compute_what_they_say(name):
+    if name == "peft-lora":
+        pytest.importorskip("peft")
+    inputs = make_inputs(CASE)
+    inputs.x.requires_grad_()
+    layer = CONTENDERS[name].build(CASE, inputs)
+    given = layer, inputs.x, inputs.dy
+    backward = phase_call(*given, "backward")
+    first, again, both = backward(), backward(), phase_call(*given, "both")()
     assert len(first) == 1 + len(layer.trains)
-    for a, b, c in zip(first, second, both, strict=True):
+    for a, b, c in zip(first, again, both, strict=True):
         torch.testing.assert_close(a, b, rtol=0, atol=0)
         torch.testing.assert_close(a, c, rtol=0, atol=0)
-
-
-def test_saved_memory_counts_what_the_inputs_do_not_hold():
-    case = replace(CASE, T=64)
-    inputs = timing.input_sets(make_inputs(case, CPU), CPU)[0]
-    u = case.T * (2 * case.r + case.r * (case.r - 1) // 2) * 4
-
-    def saved(name):
-        return timing.saved_mib(find(name).build(case, inputs), inputs, CPU)
-
-    assert (saved("frozen"), saved("torch")) == (0.0, u / 2**20)
-    assert saved("reference") >= saved("torch")
-
-
-def test_the_peak_of_a_frozen_layer_is_its_output_or_its_gradient():
-    case = replace(CASE, T=64)
-    inputs = timing.input_sets(make_inputs(case, CPU), CPU)[0]
-    layer = find(FROZEN).build(case, inputs)
-    y, dx = case.T * case.M * 4 / 2**20, case.T * case.N * 4 / 2**20
-    peak = {phase: timing.peak_mib(layer, inputs, phase, CPU) for phase in timing.PHASES}
-    assert peak == {"forward": y, "eval": y, "backward": y + dx, "both": y + dx}
-
-
-def test_the_eval_phase_computes_y_alone_without_dropout():
-    case = replace(CASE, dropout_p=0.5)
-    inputs = timing.input_sets(make_inputs(case, CPU), CPU)[0]
-    layer = find("torch").build(case, inputs)
-    evaluate = timing.phase_call(layer, inputs, "eval")
-    y = evaluate()
+    y = phase_call(*given, "eval")()
     assert not y.requires_grad and not layer.module.training
-    torch.testing.assert_close(y, evaluate(), rtol=0, atol=0)
-    train = timing.phase_call(layer, inputs, "forward")
-    assert train().requires_grad and not torch.equal(train(), train())
+    assert phase_call(*given, "forward")().requires_grad and layer.module.training
 
 
-def test_input_sets_are_apart_and_outgrow_the_cache(monkeypatch):
-    monkeypatch.setattr(timing, "MAX_SETS", 64)
-    monkeypatch.setattr(timing, "CPU_CACHE_BYTES", 10_000)
-    inputs = make_inputs(CASE, CPU)
-    sets = timing.input_sets(inputs, CPU)
-    assert sum(s.x.nbytes + s.weight.nbytes for s in sets) >= 30_000
-    assert len({s.x.data_ptr() for s in sets} | {s.weight.data_ptr() for s in sets}) == 2 * len(
-        sets
-    )
-    assert all(s.x.requires_grad and torch.equal(s.x, inputs.x) for s in sets)
+def test_a_run_appends_a_row_for_each_contender_and_phase(tmp_path, capsys):
+    out = tmp_path / "rows.jsonl"
+    words = [*TINY, "--phases", ",".join(PHASES), "--only", "auto,reference", "--out", str(out)]
+    assert program.main(words) == 0
+    found = rows.read(out)
+    assert {(row["contender"], row["phase"]) for row in found} == {
+        (name, phase) for name in (FROZEN, "auto", "reference") for phase in PHASES
+    }
+    for row in found:
+        assert (row["T"], row["n"], row["m"], row["r"]) == (8, 24, 16, 3)
+        assert row["commit"] == "0123456789ab" and row["torch"] == torch.__version__
+        assert 0 < row["p20_ms"] <= row["median_ms"] <= row["p80_ms"] and row["rounds"] == 2
+        seconds = row["median_ms"] / 1e3
+        case = replace(CASE, r=3, T=8)
+        flops = roofline.work(row["plan"], case, row["phase"]).flops
+        assert row["tflops"] == pytest.approx(flops / seconds / 1e12, rel=1e-3)
+    saved = {row["contender"]: row["saved_mib"] for row in found}
+    # u of the forward, in 16 lanes at most.
+    assert saved[FROZEN] == 0.0 and 0 < saved["auto"] <= 8 * 16 * 4 / MIB
+    frozen = {row["phase"]: row["peak_mib"] for row in found if row["contender"] == FROZEN}
+    y, dx = 8 * 16 * 4 / MIB, 8 * 24 * 4 / MIB
+    wanted = {"forward": y, "eval": y, "backward": y + dx, "both": y + dx}
+    assert frozen == pytest.approx(wanted, rel=1e-3)
+
+    assert program.main([*words, "--resume"]) == 0
+    assert len(rows.read(out)) == len(found) and "done before" in capsys.readouterr().out
 
 
-def test_ratios_are_taken_round_by_round():
-    slow = timing.Timing("slow", False, samples=[2.0, 30.0, 6.0])
-    base = timing.Timing(FROZEN, False, samples=[1.0, 10.0, 2.0])
-    assert slow.ratio_to(base) == 3.0
-    assert slow.median == 6.0
+def test_a_failure_and_a_budget_show_in_the_output_and_the_exit_status(
+    tmp_path, monkeypatch, capsys
+):
+    class Broken(Pera):
+        def build(self, case, inputs):
+            raise RuntimeError("no")
+
+    monkeypatch.setitem(CONTENDERS, "auto", Broken("auto"))
+    out = tmp_path / "rows.jsonl"
+    words = [*TINY, "--only", "auto", "--T", "8,9", "--phases", "both", "--out", str(out)]
+    ticks = iter(range(0, 1000, 10))
+    monkeypatch.setattr(program.time, "monotonic", lambda: next(ticks))
+    assert program.main([*words, "--budget", "25"]) == 1
+    assert [(row["contender"], row["phase"], row["status"]) for row in rows.read(out)] == [
+        ("auto", "gate", "failed"),
+        (FROZEN, "both", rows.environment(CPU)["status"]),
+    ]
+    printed = capsys.readouterr().out
+    assert "FAILED: RuntimeError: no" in printed and "left out:\n  {'terms'" in printed
 
 
-@pytest.fixture
-def fake_cuda(monkeypatch):
-    """Events, graphs and capture that only keep count, to follow the CUDA path without a GPU."""
-    state = SimpleNamespace(capturing=False, replays=0)
+def test_defaults_time_no_backend_twice():
+    assert not {"torch", "triton", "reference-compiled"} & set(layers.DEFAULT)
+    gpu = program.parser().parse_args(["--device", "cpu"])
+    gpu.device = torch.device("cuda", 0)
+    assert [(case.T, case.N, case.dtype) for case in program.cases(gpu)] == [
+        (T, 4096, torch.bfloat16) for T in (16384, 4096, 512)
+    ]
+    words = "--device cpu --dtypes bfloat16+float32 --shapes 8x16 --T 4 --terms square".split()
+    (case,) = program.cases(program.parser().parse_args(words))
+    assert (case.N, case.M, case.terms, case.factor_dtype) == (8, 16, "square", torch.float32)
+
+
+def test_contenders_take_turns_on_rotated_inputs(monkeypatch):
+    monkeypatch.setattr(timing, "interpreting", lambda: False)
+    seen = []
+    calls = {
+        name: [lambda name=name, k=k: seen.append((name, k)) for k in range(3)] for name in "ab"
+    }
+    found = timing.time_calls(calls, 4, CPU)
+    assert [len(found[name].samples) for name in "ab"] == [4, 4]
+    assert {seen.count((name, k)) > 1 for name in "ab" for k in range(3)} == {True}
+    slow, base = timing.Timing(samples=[2.0, 30.0, 6.0]), timing.Timing(samples=[1.0, 10.0, 2.0])
+    assert (slow.ratio_to(base), slow.median) == (3.0, 6.0)
+
+
+def test_on_a_gpu_everybody_has_a_graph_of_the_same_number_of_calls(monkeypatch):
+    """Events, graphs and capture that only keep count, to follow that path without a GPU."""
+    monkeypatch.setattr(timing, "interpreting", lambda: False)
+    captured, made = [], []
 
     @contextlib.contextmanager
     def capture(graph, stream):
-        state.capturing = True
-        try:
-            yield
-        finally:
-            state.capturing = False
+        made.append(0)
+        yield
+        if len(made) == 3:
+            raise RuntimeError("cannot be captured")
+        captured.append(made[-1])
 
-    def replay():
-        state.replays += 1
+    def count():
+        if made:
+            made[-1] += 1
 
     event = SimpleNamespace(
-        record=lambda: None, synchronize=lambda: None, elapsed_time=lambda end: 0.5
+        record=lambda: None, synchronize=lambda: None, elapsed_time=lambda end: 80.0
     )
-    monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: SimpleNamespace(replay=replay))
-    monkeypatch.setattr(torch.cuda, "graph", capture)
-    monkeypatch.setattr(torch.cuda, "Event", lambda enable_timing: event)
-    monkeypatch.setattr(torch.cuda, "current_stream", lambda: None)
-    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
-    monkeypatch.setattr(timing, "GRAPH_BELOW_MS", 1e9)
-    return state
+    graph = SimpleNamespace(replay=lambda: None)
+    for name, stand_in in {
+        "CUDAGraph": lambda: graph,
+        "graph": capture,
+        "Event": lambda enable_timing: event,
+        "current_stream": lambda: None,
+        "synchronize": lambda device: None,
+    }.items():
+        monkeypatch.setattr(torch.cuda, name, stand_in)
+    monkeypatch.setattr(timing, "SAMPLE_MS", {"cuda": 1e9})
+    calls = {name: [count] * 3 for name in ("fast", "slow", "refused", "eager")}
+    found = timing.time_calls(calls, 2, torch.device("cuda"), eager=["eager"])
+    # 40 calls, rounded up to whole rotations over three sets of inputs.
+    assert captured == [42, 42]
+    assert [own.graph for own in found.values()] == [True, True, False, False]
+    assert "cannot be captured" in found["refused"].note and found["fast"].note == ""
+    assert found["fast"].samples == [80.0 / 42] * 2
 
 
-def test_what_cannot_be_captured_is_compared_with_an_eager_frozen_layer(fake_cuda):
-    class Uncapturable(torch.nn.Module):
-        def forward(self, x):
-            if fake_cuda.capturing:
-                raise RuntimeError("operation not permitted when stream is capturing")
-            return 2 * x
+def test_memory_counts_blocks_of_known_size():
+    def call():
+        first, second = (torch.empty(n * MIB, dtype=torch.uint8) for n in (1, 2))
+        del first
+        third = torch.empty(4 * MIB, dtype=torch.uint8)
+        del second
+        return third
 
-    sets = timing.input_sets(make_inputs(CASE, CPU), CPU)
-    layers = {
-        name: [find(name).build(CASE, inputs) for inputs in sets]
-        for name in (FROZEN, "torch", "reference")
-    }
-    layers["other"] = [Layer(Uncapturable(), {}) for _ in sets]
-    found = timing.time_phase(
-        layers,
-        sets,
-        "forward",
-        rounds=3,
-        device=torch.device("cuda"),
-        capturable=frozenset({FROZEN, "torch", "other"}),
-    )
-    assert sorted((timing_.name, timing_.graph) for timing_ in found) == [
-        (FROZEN, False),
-        (FROZEN, True),
-        ("other", False),
-        ("reference", False),
-        ("torch", True),
-    ]
-    notes = {timing_.name: timing_.note for timing_ in found if timing_.note}
-    assert list(notes) == ["other"] and "stream is capturing" in notes["other"]
-    assert all(len(timing_.samples) == 3 for timing_ in found)
-    # Two graphs, three rounds, one replay before each timed one.
-    assert fake_cuda.replays == 12
+    found = memory(call, CPU)
+    assert (found.held, found.peak) == (4 * MIB, 6 * MIB)
+    with pytest.raises(ZeroDivisionError):
+        memory(lambda: 1 // 0, CPU)
+    assert memory(call, CPU) == found
 
 
-def test_launches_are_counted_between_markers():
-    mark = "at::cuda::spin_kernel(long)"
-    names = [mark, "gemm", "Memset", mark, mark, "gemm", mark]
-    assert overhead.count_between_markers(names, 3) == [2, 0, 1]
-    assert overhead.count_between_markers(names[:-1], 3) == [None] * 3
-    assert overhead.launches({"one": lambda: None}, CPU) == {"one": None}
-    assert overhead.host_us(lambda: None, CPU) is None
+@pytest.mark.parametrize("terms, pairs", [("full", 10), ("cross", 6), ("linear", 0)])
+def test_work_is_what_pytorch_counts(terms, pairs):
+    case = replace(CASE, terms=terms)
+    inputs = make_inputs(case)
+    leaves = [t.requires_grad_() for t in (inputs.x, inputs.A, inputs.B, inputs.h) if t is not None]
+    with FlopCounterMode(display=False) as forward:
+        y = pk.pera_linear(
+            inputs.x, inputs.weight, inputs.A, inputs.B, inputs.h, terms=terms, backend="reference"
+        )
+    with FlopCounterMode(display=False) as backward:
+        torch.autograd.grad(y, leaves, inputs.dy)
+    elementwise = pairs * (24 + 16 + 10), pairs * (4 * 24 + 4 * 16 + 3 * 10)
+    for phase, counter, rest in zip(
+        ("forward", "backward"), (forward, backward), elementwise, strict=True
+    ):
+        found = roofline.work("factored", case, phase).flops
+        assert found == counter.get_total_flops() + rest
+    adapter = sum(t.nbytes for t in leaves[1:])
+    dense = inputs.x.nbytes + inputs.weight.nbytes + inputs.bias.nbytes + inputs.dy.nbytes
+    assert roofline.work("dense", case, "forward").bytes == dense
+    assert roofline.work("factored", case, "forward").bytes == dense + adapter
 
 
-def test_a_slow_phase_has_fewer_rounds(monkeypatch):
-    monkeypatch.setattr(timing, "PHASE_SECONDS", 0.0)
-    sets = timing.input_sets(make_inputs(CASE, CPU), CPU)
-    layers = {FROZEN: [find(FROZEN).build(CASE, inputs) for inputs in sets]}
-    found = timing.time_phase(layers, sets, "forward", rounds=50, device=CPU)
-    assert [len(own.samples) for own in found] == [timing.MIN_ROUNDS]
+def test_kernels_pass_the_gate_and_run_dry(triton_backend, device, tmp_path, monkeypatch, capsys):
+    if device.type == "cuda":
+        pytest.skip("on a GPU kernels are timed, not run dry")
+    out = tmp_path / "kernels.jsonl"
+    words = "--device cpu --T 17 --size 24 --rank 3 --rounds 2".split()
+    assert kernels.main([*words, "--out", str(out)]) == 0
+    found = {row["contender"]: row for row in rows.read(out)}
+    ours = ("x φᵀ, φ(A) on chip", "y += u φ", "dφ(B) to dB and dh", "expand both", "W0 + ΔW")
+    for name in (f"kernel:{name}" for name in ours):
+        assert found[name]["status"] == "dry run" and 0 <= found[name]["error_ratio"] <= 1
+    cublas = found["kernel:x φᵀ, cuBLAS"]
+    seconds, lanes = cublas["median_ms"] / 1e3, 16
+    assert cublas["tflops"] == pytest.approx(2 * 17 * lanes * 24 / seconds / 1e12, rel=1e-3)
 
 
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["--T", "0"], "'0' is not a whole number from 1"),
-        (["--shapes", "1024"], "'1024' is not of the form 1024x4096"),
-        (["--terms", "full,cubic"], "'cubic' is none of full, square, cross, linear"),
-        (["--dtypes", "int8"], "'int8' is none of float32"),
-        (["--dropout", "1"], "'1' is not a number in [0, 1)"),
-        (["--phases", "sideways"], "'sideways' is none of forward, backward, both, eval"),
-        (["--only", "lora"], "'lora' is none of frozen, merged"),
-        (["--rounds", "1"], "'1' is not a whole number from 2"),
-        (["--device", "tpu"], "'tpu' is none of auto, cpu, cuda"),
-        (["--out", "."], "cannot write ."),
-        (["--preset", "huge"], "invalid choice: 'huge'"),
-        (["--preset", "gpu"], "--preset gpu is for cuda; the device is cpu"),
-        (["--budget", "0"], "'0' is not a whole number from 1"),
-    ],
-)
-def test_bad_arguments_exit_2_with_one_line(arguments, message, capsys):
-    with pytest.raises(SystemExit) as exit_:
-        program.main(["--device", "cpu", *arguments])
-    printed = capsys.readouterr().err
-    assert exit_.value.code == 2 and message in printed and printed.count("\n") == 1
+def test_a_wrong_kernel_is_not_timed(triton_backend):
+    operands = kernels.Operands(replace(CASE, N=24, M=24, dtype=torch.bfloat16), CPU, seed=0)
+    good = kernels.kernels(operands)["y = u φ"]
+    assert kernels.judgement(good, torch.bfloat16).failure is None
+    wrong = replace(good, truth=lambda: (good.truth()[0] * 1.1,))
+    assert "result 0: max error" in kernels.judgement(wrong, torch.bfloat16).failure
 
 
-def test_interpreted_kernels_are_refused(monkeypatch, tmp_path, capsys):
-    monkeypatch.setenv("TRITON_INTERPRET", "1")
-    with pytest.raises(SystemExit) as exit_:
-        program.main([*TINY, "--out", str(tmp_path / "rows.jsonl")])
-    assert exit_.value.code == 2
-    assert "TRITON_INTERPRET is set" in capsys.readouterr().err
-    assert not list(tmp_path.iterdir())
+def test_rows_keep_five_digits_and_are_only_appended(tmp_path):
+    path = tmp_path / "new" / "rows.jsonl"
+    rows.append(path, {"median_ms": 1.23456789, "T": 3})
+    rows.append(path, {"note": "φ"})
+    assert rows.read(path) == [{"median_ms": 1.2346, "T": 3}, {"note": "φ"}]
+    assert [json.loads(line) for line in path.read_text().splitlines()] == rows.read(path)
+
+
+def test_bad_arguments_exit_2_and_say_what_there_is(capsys):
+    for words, message in (
+        (["--only", "nobody"], "'nobody' is none of frozen, merged"),
+        (["--shapes", "24"], "invalid shape list value: '24'"),
+        (["--dtypes", "float64"], "'float64' is none of float32"),
+    ):
+        with pytest.raises(SystemExit) as stop:
+            program.main(words)
+        assert stop.value.code == 2 and message in capsys.readouterr().err

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 import pera_kernels as pk
-from pera_kernels import checkpoint, files
+from pera_kernels.adapters import checkpoint, files
 from tests.adapted import plain_model, refused, trained
 
 pytest.importorskip("safetensors")
@@ -74,6 +74,15 @@ def test_a_merged_model_is_saved_as_what_it_is(tmp_path, x):
     loaded = plain_model()
     pk.load_adapter(loaded, tmp_path)
     assert torch.equal(loaded(x), expected)
+
+
+def test_an_adapter_loaded_into_merged_layers_counts_alone(tmp_path, x):
+    model, other = trained(), trained(seed=7)
+    base = plain_model()(x)
+    pk.save_adapter(model, tmp_path)
+    pk.merge(other)
+    pk.load_adapter(other, tmp_path, overwrite=True)
+    assert torch.equal(other(x), model(x)) and not torch.equal(other(x), base)
 
 
 def test_names_of_wrapped_models(tmp_path, x):
@@ -328,7 +337,7 @@ def released(x, weight, bias, A, B, h):
     )
 
 
-def official_tensors(with_h=True, prefix="base_model.model.", suffix=""):
+def released_tensors(with_h=True, prefix="base_model.model.", suffix=""):
     torch.manual_seed(3)
     found = {}
     for name, n, m in (("0.up", 24, 40), ("1.down", 40, 24)):
@@ -342,8 +351,8 @@ def official_tensors(with_h=True, prefix="base_model.model.", suffix=""):
 @pytest.mark.parametrize("with_h", [True, False])
 @pytest.mark.parametrize("prefix, suffix", [("base_model.model.", ""), ("", ".weight")])
 @pytest.mark.parametrize("form", ["bin", "safetensors", "file"])
-def test_official(form, prefix, suffix, with_h, tmp_path, x):
-    tensors = official_tensors(with_h, prefix, suffix)
+def test_released(form, prefix, suffix, with_h, tmp_path, x):
+    tensors = released_tensors(with_h, prefix, suffix)
     if form == "safetensors":
         from safetensors.torch import save_file
 
@@ -352,7 +361,7 @@ def test_official(form, prefix, suffix, with_h, tmp_path, x):
         torch.save(tensors, tmp_path / "adapter_model.bin")
     model = plain_model()
     path = tmp_path / "adapter_model.bin" if form == "file" else tmp_path
-    assert pk.load_official(model, path) == ([], [])
+    assert pk.load_released(model, path) == ([], [])
     base = plain_model()[0].up
     A, B = (tensors[f"{prefix}0.up.lora_{part}{suffix}"] for part in "AB")
     h = tensors.get(f"{prefix}0.up.lora_A_parameter{suffix}", torch.zeros(1, 10))[0]
@@ -369,14 +378,13 @@ class Evil:
         return open, (str(self.marker), "w")
 
 
-def test_a_pickle_with_code_does_not_run(tmp_path, record):
+def test_a_pickle_with_code_does_not_run(tmp_path):
     marker = tmp_path / "ran"
     (tmp_path / "adapter_model.bin").write_bytes(pickle.dumps({"a": Evil(marker)}))
-    refused(plain_model(), "never executed", lambda m: pk.load_official(m, tmp_path))
+    refused(plain_model(), "never executed", lambda m: pk.load_released(m, tmp_path))
     torch.save({"0.up.lora_A": Evil(marker)}, tmp_path / "adapter_model.bin")
-    refused(plain_model(), "never executed", lambda m: pk.load_official(m, tmp_path))
+    refused(plain_model(), "never executed", lambda m: pk.load_released(m, tmp_path))
     assert not marker.exists()
-    record(refused=2)
 
 
 @pytest.mark.parametrize(
@@ -398,16 +406,16 @@ def test_a_pickle_with_code_does_not_run(tmp_path, record):
         ({}, "holds no adapter"),
     ],
 )
-def test_official_that_does_not_fit(value, match, tmp_path):
+def test_released_that_does_not_fit(value, match, tmp_path):
     torch.save(value, tmp_path / "adapter_model.bin")
-    refused(plain_model(), match, lambda m: pk.load_official(m, tmp_path))
+    refused(plain_model(), match, lambda m: pk.load_released(m, tmp_path))
 
 
-def test_official_damaged(tmp_path):
-    torch.save(official_tensors(), tmp_path / "adapter_model.bin")
+def test_released_damaged(tmp_path):
+    torch.save(released_tensors(), tmp_path / "adapter_model.bin")
     data = (tmp_path / "adapter_model.bin").read_bytes()
     for part in (data[:50], data[: len(data) // 2], b""):
         (tmp_path / "adapter_model.bin").write_bytes(part)
-        refused(plain_model(), "adapter_model.bin", lambda m: pk.load_official(m, tmp_path))
+        refused(plain_model(), "adapter_model.bin", lambda m: pk.load_released(m, tmp_path))
     shutil.rmtree(tmp_path)
-    refused(plain_model(), "there is no file", lambda m: pk.load_official(m, tmp_path))
+    refused(plain_model(), "there is no file", lambda m: pk.load_released(m, tmp_path))

@@ -1,13 +1,12 @@
-"""The pages in docs/: their code runs, their tables are current, every "yes" has its test."""
+"""The pages in docs/: their code runs, their links exist, every "yes" has its test."""
 
 import re
 from pathlib import Path
 
 import pytest
 
-from tools import marked, readme
-
-DOCS = readme.ROOT / "docs"
+ROOT = Path(__file__).parents[1]
+DOCS = ROOT / "docs"
 PAGES = sorted(DOCS.glob("*.md"))
 
 
@@ -26,12 +25,6 @@ def test_its_code_runs(page, tmp_path, monkeypatch):
     for code in blocks(page):
         exec(compile(code, page.name, "exec"), names)
     assert list(tmp_path.iterdir())
-
-
-@pytest.mark.parametrize("path", readme.DOCS, ids=lambda path: path.name)
-def test_generated_parts_are_current(path):
-    text = path.read_text()
-    assert marked.render(text, readme.DOCS[path], path.name) == text
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
@@ -53,5 +46,5 @@ def test_every_feature_has_its_test(name):
     tests = re.findall(r"`(tests/\w+\.py)(?:::(\w+))?`", row[4])
     assert tests
     for path, function in tests:
-        source = (readme.ROOT / Path(path)).read_text()
+        source = (ROOT / path).read_text()
         assert f"def {function}(" in source if function else "def test_" in source, row[4]

@@ -9,15 +9,12 @@ from pera_kernels.dropout import draw_seed, keep_mask
 
 def kept_by_a_kernel(T, N, p, seed):
     """With A the identity the projection of ones is the dropped input: the mask."""
-    from pera_kernels import launch
+    from pera_kernels.kernels.launch import Dropout, in_memory
+    from pera_kernels.kernels.project import project
 
+    x, identity = torch.ones(T, N, device=seed.device), torch.eye(N, device=seed.device)
     u = torch.empty(T, N, device=seed.device)
-    launch.project(
-        torch.ones(T, N, device=seed.device),
-        launch.Expanded(torch.eye(N, device=seed.device)),
-        out=u,
-        dropout=launch.Dropout(p, seed),
-    )
+    project(x, in_memory(identity), out=u, dropout=Dropout(p, seed))
     return u != 0
 
 
@@ -52,6 +49,15 @@ def test_rate_and_independence(p):
     # Rows and columns keep their share too: no stripe is favoured.
     for share in (keep.mean(0), keep.mean(1)):
         assert (share - (1 - p)).abs().max() < 6 * (p * (1 - p) / 512) ** 0.5
+
+
+def test_an_element_whose_lot_is_the_threshold_survives():
+    """No lot is below 0, so that a probability of less than half a lot drops nothing."""
+    seed, T, N = torch.tensor([3]), 1024, 1024
+    assert keep_mask(seed, T, N, 2.0**-18).all()
+    # The masks of growing probabilities are nested, and lot 1 is there to tell them apart.
+    one, two = (keep_mask(seed, T, N, n * 2.0**-16) for n in (1, 2))
+    assert 0 < int((~one).sum()) < int((~two).sum()) and bool((one | ~two).all())
 
 
 def test_mask_of_a_row_does_not_depend_on_the_batch():

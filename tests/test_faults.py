@@ -3,120 +3,110 @@
 import json
 import os
 import random
+import signal
 import struct
 import subprocess
 import sys
-import textwrap
+import time
 import warnings
 from pathlib import Path
 
 import pytest
 import torch
-from pera_kernels.checkpoint import read_adapter
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import pera_kernels as pk
+from pera_kernels.adapters.checkpoint import read_adapter
 from tests.adapted import plain_model, state, trained
 
 ROOT = Path(__file__).resolve().parents[1]
-# What a file that is refused raises.
-REFUSED = (ValueError, FileNotFoundError)
+TENSORS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 
 
-def python(code, *arguments, **environment):
-    """Run code in a process of its own; what it printed as JSON."""
+def in_another_process(function, *arguments):
+    """What a function of this file returns there."""
+    program = (
+        f"import json, sys; from tests.test_faults import {function.__name__} as function;"
+        "print(json.dumps(function(*json.loads(sys.argv[1]))))"
+    )
     done = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(code), *map(str, arguments)],
+        [sys.executable, "-c", program, json.dumps(arguments, default=str)],
         capture_output=True,
         text=True,
         timeout=300,
         cwd=ROOT,
-        env={**os.environ, **environment},
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
     )
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout.splitlines()[-1])
 
 
-KILLED = """
-import json, os, random, signal, sys, time, warnings
-import torch
-torch.set_num_threads(1)
-import pera_kernels as pk
-from pera_kernels.checkpoint import read_adapter
-from tests.adapted import plain_model, trained
+def quietly_read(folder):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return read_adapter(folder)
 
-folder, kills = sys.argv[1], int(sys.argv[2])
-models = [trained(plain_model(n=64, hidden=256), r=r, seed=r) for r in (3, 8)]
-states = [pk.adapter_state_dict(model) for model in models]
-pk.save_adapter(models[0], folder)
-chance, found, stored = random.Random(7), {"0": 0, "1": 0}, 0
-for _ in range(kills):
-    child = os.fork()
-    if child == 0:
-        while True:
-            for model in models[:: chance.choice((1, -1))]:
-                pk.save_adapter(model, folder)
-    time.sleep(chance.uniform(0.0, 0.1))
-    os.kill(child, signal.SIGKILL)
-    os.waitpid(child, 0)
-    with warnings.catch_warnings(record=True) as told:
-        warnings.simplefilter("always")
-        read = read_adapter(folder)
-    stored += any("which counts" in str(w.message) for w in told)
-    own = {f"{name}.{part}": t for name, parts in read.tensors.items() for part, t in parts.items()}
-    which = [
-        i for i, s in enumerate(states)
-        if s.keys() == own.keys() and all(torch.equal(s[k], own[k]) for k in s)
-    ]
-    assert len(which) == 1, "neither the old checkpoint nor the new one"
-    assert {o["r"] for o in read.options.values()} == {(3, 8)[which[0]]}
-    found[str(which[0])] += 1
-print(json.dumps({"found": found, "between": stored}))
-"""
+
+def contents(folder):
+    return {file.name: file.read_bytes() for file in folder.iterdir()}
+
+
+# ---- saving
+
+
+def killed_while_saving(folder, kills):
+    """The rank of what is there after each kill of a process that saves ranks 3 and 8 in turn."""
+    torch.set_num_threads(1)
+    models = {r: trained(plain_model(n=64, hidden=256), r=r, seed=r) for r in (3, 8)}
+    pk.save_adapter(models[3], folder)
+    chance, found = random.Random(7), []
+    for _ in range(kills):
+        if (child := os.fork()) == 0:
+            while True:
+                for r in chance.sample((3, 8), 2):
+                    pk.save_adapter(models[r], folder)
+        time.sleep(chance.uniform(0.0, 0.1))
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+        read = quietly_read(folder)
+        (r,) = {own["r"] for own in read.options.values()}
+        expected = pk.adapter_state_dict(models[r])
+        own = {f"{n}.{part}": t for n, parts in read.tensors.items() for part, t in parts.items()}
+        assert own.keys() == expected.keys()
+        assert all(torch.equal(own[name], t) for name, t in expected.items())
+        found.append(r)
+    return found
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
-def test_killed_during_a_save_at_50_points(tmp_path, record):
+@pytest.mark.parametrize("kills", [20, pytest.param(200, marks=pytest.mark.slow)])
+def test_a_save_that_is_killed_leaves_the_old_checkpoint_or_the_new_one(kills, tmp_path):
     pytest.importorskip("safetensors")
-    figures = python(KILLED, tmp_path / "adapter", 50)
-    assert sum(figures["found"].values()) == 50
-    assert min(figures["found"].values()) > 0
-    record(
-        kills=50, old=figures["found"]["0"], new=figures["found"]["1"], between=figures["between"]
-    )
+    found = in_another_process(killed_while_saving, tmp_path / "adapter", kills)
+    assert len(found) == kills and set(found) == {3, 8}
 
 
-FULL = """
-import json, resource, signal, sys
-import torch, pera_kernels as pk
-from tests.adapted import trained, plain_model
-folder = sys.argv[1]
-pk.save_adapter(trained(), folder)
-before = open(folder + "/adapter_model.safetensors", "rb").read()
-big = trained(plain_model(n=256, hidden=512), r=16)
-signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-resource.setrlimit(resource.RLIMIT_FSIZE, (20000, 20000))
-try:
-    pk.save_adapter(big, folder)
-    error = None
-except OSError as raised:
-    error = str(raised)
-import os
-print(json.dumps({
-    "error": error,
-    "same": before == open(folder + "/adapter_model.safetensors", "rb").read(),
-    "files": sorted(os.listdir(folder)),
-}))
-"""
+def saved_without_room(folder):
+    """The error of a save of which only 20,000 bytes fit into a file."""
+    import resource
+
+    big = trained(plain_model(n=256, hidden=512), r=16)
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
+    try:
+        pk.save_adapter(big, folder)
+    except OSError as error:
+        return str(error)
 
 
 def test_no_room_left(tmp_path):
     """The limit on a file's size stands for a full disk: a write fails in the middle."""
     pytest.importorskip("safetensors")
-    found = python(FULL, tmp_path / "adapter")
-    assert "File too large" in found["error"] and found["same"]
-    assert found["files"] == ["adapter_config.json", "adapter_model.safetensors"]
+    pk.save_adapter(trained(), tmp_path)
+    before = contents(tmp_path)
+    assert "File too large" in in_another_process(saved_without_room, tmp_path)
+    assert contents(tmp_path) == before
 
 
 def test_places_that_cannot_be_written(tmp_path):
@@ -132,67 +122,60 @@ def test_places_that_cannot_be_written(tmp_path):
 def test_a_read_only_folder(tmp_path):
     pytest.importorskip("safetensors")
     pk.save_adapter(trained(), tmp_path)
-    before = {f.name: f.read_bytes() for f in tmp_path.iterdir()}
+    before = contents(tmp_path)
     tmp_path.chmod(0o555)
     try:
         with pytest.raises(PermissionError):
             pk.save_adapter(trained(r=2), tmp_path)
     finally:
         tmp_path.chmod(0o755)
-    assert {f.name: f.read_bytes() for f in tmp_path.iterdir()} == before
+    assert contents(tmp_path) == before
+
+
+# ---- loading
 
 
 def corrupted(data, chance):
     """Cut short, bits flipped, bytes overwritten, inserted or taken out."""
-    data = bytearray(data)
-    kind = chance.randrange(5)
-    place = chance.randrange(len(data))
-    if kind == 0:
-        return bytes(data[:place])
-    if kind == 1:
+    data, place, count = bytearray(data), chance.randrange(len(data)), chance.randrange(1, 16)
+    kind = chance.choice(["cut", "flip", "overwrite", "insert", "remove"])
+    if kind == "cut":
+        del data[place:]
+    elif kind == "flip":
         for _ in range(chance.choice((1, 1, 1, 8))):
             data[chance.randrange(len(data))] ^= 1 << chance.randrange(8)
-    elif kind == 2:
-        size = chance.randrange(1, 64)
-        data[place : place + size] = chance.randbytes(min(size, len(data) - place))
-    elif kind == 3:
-        data[place:place] = chance.randbytes(chance.randrange(1, 16))
+    elif kind == "overwrite":
+        data[place : place + count] = chance.randbytes(min(count, len(data) - place))
+    elif kind == "insert":
+        data[place:place] = chance.randbytes(count)
     else:
-        del data[place : place + chance.randrange(1, 16)]
+        del data[place : place + count]
     return bytes(data)
 
 
-def test_200_random_corruptions_are_refused_or_load_exactly(tmp_path, record):
+def test_200_random_corruptions_are_refused_or_load_exactly(tmp_path):
     pytest.importorskip("safetensors")
     pk.save_adapter(trained(), tmp_path)
-    good = read_adapter(tmp_path)
-    files = {name: (tmp_path / name).read_bytes() for name in
-             ("adapter_model.safetensors", "adapter_config.json")}  # fmt: skip
+    good, files = read_adapter(tmp_path), contents(tmp_path)
+    (header_size,) = struct.unpack("<Q", files[TENSORS][:8])
     chance, refused = random.Random(11), 0
     for number in range(200):
         # Most of the bytes are tensors: the header and the readable file get their share.
-        name = "adapter_config.json" if number % 4 == 3 else "adapter_model.safetensors"
-        data = files[name]
-        if number % 4 == 1:
-            (size,) = struct.unpack("<Q", data[:8])
-            bad = corrupted(data[: 8 + size], chance) + data[8 + size :]
-        else:
-            bad = corrupted(data, chance)
+        name = CONFIG if number % 4 == 3 else TENSORS
+        end = 8 + header_size if number % 4 == 1 else len(files[name])
+        bad = corrupted(files[name][:end], chance) + files[name][end:]
         (tmp_path / name).write_bytes(bad)
         try:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")
-                read = read_adapter(tmp_path)
-        except REFUSED:
+            read = quietly_read(tmp_path)
+        except (ValueError, FileNotFoundError):
             refused += 1
         else:
             assert read.options == good.options and read.tensors.keys() == good.tensors.keys()
             for module, own in good.tensors.items():
                 assert all(torch.equal(read.tensors[module][part], t) for part, t in own.items())
-        (tmp_path / name).write_bytes(data)
+        (tmp_path / name).write_bytes(files[name])
     # A change of the readable file alone may load, with a warning: the stored one counts.
     assert 100 < refused <= 200
-    record(corruptions=200, refused=refused, loaded_exactly=200 - refused)
 
 
 def header(entries, size=None, data=b""):
@@ -221,49 +204,44 @@ HOSTILE = {
     "a million names": header({f"a{i}.pera_A": entry([0]) for i in range(10**5)}),
 }
 
-GIB_MORE = 2
 
-# Any other error than ValueError ends the process, and fails the test.
-LIMITED = """
-import json, resource, sys
-import pera_kernels as pk
-from tests.adapted import plain_model, state
-model = plain_model()
-before = state(model)
-limit = int(sys.argv[1]) << 30
-with open("/proc/self/statm") as file:
-    held = int(file.read().split()[0]) * resource.getpagesize()
-resource.setrlimit(resource.RLIMIT_AS, (held + limit, held + limit))
-found = {}
-for folder in sys.argv[2:]:
-    try:
-        pk.load_adapter(model, folder)
-        found[folder] = "loaded"
-    except ValueError as error:
-        found[folder] = str(error)[:300]
-after = state(model)
-assert all((after[k] == before[k]).all() for k in before)
-print(json.dumps(found))
-"""
+def loaded_with_two_gib(folders):
+    """The error of each load in a process that may grow by 2 GiB; any but ValueError ends it."""
+    import resource
+
+    model = plain_model()
+    before, errors = state(model), []
+    held = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    limit = held + 2 * 2**30
+    resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+    for folder in folders:
+        try:
+            pk.load_adapter(model, folder)
+        except ValueError as error:
+            errors.append(str(error)[:300])
+        else:
+            errors.append("loaded")
+    assert all(torch.equal(t, before[name]) for name, t in model.state_dict().items())
+    return errors
 
 
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="needs /proc")
-def test_hostile_files_do_not_exhaust_memory(tmp_path, record):
-    """In a process that may grow by 2 GiB: each is refused by name."""
+def test_hostile_files_do_not_exhaust_memory(tmp_path):
+    """Each is refused by name."""
     pytest.importorskip("safetensors")
     config = {"format": "pera_kernels", "format_version": 1, "r": 10**12, "alpha": 1.0,
               "terms": "full", "dropout": 0.0, "target_modules": ["a"]}  # fmt: skip
-    folders = []
-    for number, data in enumerate(HOSTILE.values()):
-        folders.append(tmp_path / str(number))
-        folders[-1].mkdir()
-        (folders[-1] / "adapter_model.safetensors").write_bytes(data)
-        (folders[-1] / "adapter_config.json").write_text(json.dumps(config))
-    found = python(LIMITED, GIB_MORE, *folders)
-    for name, folder in zip(HOSTILE, folders, strict=True):
-        error = found[str(folder)]
+    folders = [tmp_path / str(number) for number in range(len(HOSTILE))]
+    for folder, data in zip(folders, HOSTILE.values(), strict=True):
+        folder.mkdir()
+        (folder / TENSORS).write_bytes(data)
+        (folder / CONFIG).write_text(json.dumps(config))
+    errors = in_another_process(loaded_with_two_gib, folders)
+    for name, folder, error in zip(HOSTILE, folders, errors, strict=True):
         assert str(folder) in error, f"{name}: {error}"
-    record(hostile_files=len(HOSTILE), refused=len(found), gib=GIB_MORE)
+
+
+# ---- out of memory
 
 
 class FailAt(TorchDispatchMode):
@@ -280,9 +258,16 @@ class FailAt(TorchDispatchMode):
         return function(*args, **(kwargs or {}))
 
 
-def every_fault(call, check, most=1000):
-    """Let ``call`` run out of memory at its first operation, its second, and so on."""
-    for at in range(most):
+# At every operation, or at every seventh.
+EVERY = pytest.mark.parametrize("step", [7, pytest.param(1, marks=pytest.mark.slow)])
+
+
+def fail_everywhere(call, check, step):
+    """Let ``call`` run out of memory at operation 0, ``step`` and so on, until it ends.
+
+    ``check`` runs after each failure; returns how many operations there were.
+    """
+    for at in range(0, 2000, step):
         try:
             with FailAt(at):
                 call()
@@ -290,61 +275,42 @@ def every_fault(call, check, most=1000):
             check()
         else:
             return at
-    raise AssertionError(f"more than {most} operations")
+    raise AssertionError("more than 2000 operations")
 
 
 class Attention(nn.Module):
     def __init__(self):
         super().__init__()
-        self.q = nn.Linear(24, 24)
-        self.k = nn.Linear(24, 8)
-        self.v = nn.Linear(24, 8)
+        self.query = nn.Linear(24, 24)
+        self.key = nn.Linear(24, 8)
+        self.value = nn.Linear(24, 8)
 
     def forward(self, x):
-        return torch.cat([self.q(x), self.k(x), self.v(x)], -1)
+        return torch.cat([self.query(x), self.key(x), self.value(x)], -1)
 
 
-@pytest.mark.parametrize("T", [2, 40])
-@pytest.mark.parametrize("make", [plain_model, Attention], ids=["layers", "group"])
-@pytest.mark.parametrize("phase", ["forward", "backward", "eval"])
-def test_out_of_memory_leaves_the_module_usable(phase, make, T, record):
-    targets = ["q", "k", "v"] if make is Attention else ["up", "down"]
-    torch.manual_seed(0)
-    model = trained(make(), r=8, targets=targets, backend="torch")
-    model.train(phase != "eval")
-    x = torch.randn(T, 24)
+@EVERY
+@pytest.mark.parametrize("make", [plain_model, Attention], ids=["layers", "shared input"])
+@pytest.mark.parametrize("training", [True, False], ids=["training", "evaluation"])
+def test_out_of_memory_leaves_the_module_usable(training, make, step):
+    """At each operation of a forward and backward, or of a forward in evaluation."""
+    targets = ["query", "key", "value"] if make is Attention else ["up", "down"]
+    model = trained(make(), r=8, targets=targets, backend="torch").train(training)
+    x = torch.randn(20, 24)
     parameters = list(pk.adapter_parameters(model))
 
-    def whole():
-        torch.manual_seed(3)
-        if phase == "eval":
-            with torch.no_grad():
-                return [model(x)]
-        y = model(x)
-        return [y, *torch.autograd.grad(y.square().sum(), parameters)]
+    def call():
+        with torch.set_grad_enabled(training):
+            y = model(x)
+        return [y, *torch.autograd.grad(y.square().sum(), parameters)] if training else [y]
 
-    expected, before = whole(), state(model)
+    expected, before = call(), state(model)
 
     def check():
-        assert all(torch.equal(a, b) for a, b in zip(whole(), expected, strict=True))
+        assert all(torch.equal(a, b) for a, b in zip(call(), expected, strict=True))
         assert all(torch.equal(t, before[n]) for n, t in model.state_dict().items())
 
-    if phase == "backward":
-        for at in range(400):
-            torch.manual_seed(3)
-            y = model(x)
-            try:
-                with FailAt(at):
-                    torch.autograd.grad(y.square().sum(), parameters)
-            except torch.OutOfMemoryError:
-                check()
-            else:
-                break
-        operations = at
-    else:
-        operations = every_fault(whole, check)
-    assert operations > 5
-    record(operations=operations)
+    assert fail_everywhere(call, check, step) > 5
 
 
 CHANGES = {
@@ -356,41 +322,29 @@ CHANGES = {
 }
 
 
+@EVERY
 @pytest.mark.parametrize("name", CHANGES)
-def test_a_change_that_fails_leaves_the_state_as_it_was(name):
-    call, merged = CHANGES[name]
-
-    def make():
-        model = trained(plain_model(), backend="reference")
-        model.add_module("head", nn.Linear(24, 3))
-        return pk.merge(model) if merged else model
-
-    model = make()
+def test_a_change_that_fails_leaves_the_state_as_it_was(name, step):
+    change, merged = CHANGES[name]
+    model = trained(plain_model(), backend="reference")
+    model.add_module("head", nn.Linear(24, 3))
+    model = pk.merge(model) if merged else model
     weights = {n: p.detach().clone() for n, p in model.named_parameters()}
     kinds = [type(m) for m in model.modules()]
     trains = [p.requires_grad for p in model.parameters()]
-    done = 0
-    for at in range(400):
-        try:
-            with FailAt(at):
-                call(model)
-        except torch.OutOfMemoryError:
-            done += 1
-            now = dict(model.named_parameters())
-            assert [type(m) for m in model.modules()] == kinds
-            assert [p.requires_grad for p in model.parameters()] == trains
-            tolerance = (
-                {} if name not in ("merge without base", "unload") else {"atol": 1e-6, "rtol": 1e-6}
-            )
-            for n, p in weights.items():
-                torch.testing.assert_close(
-                    now[n].detach(), p, **(tolerance or {"atol": 0, "rtol": 0})
-                )
-            assert all(m.merged is merged for m in pk.adapted_modules(model).values())
-            assert merged or all(m.merged_base is None for m in pk.adapted_modules(model).values())
-        else:
-            break
-    assert done > 3
+    # Without a copy of the base, the merged weight minus the update is only nearly the base.
+    tolerance = 1e-6 if name in ("merge without base", "unload") else 0.0
+
+    def check():
+        now = dict(model.named_parameters())
+        assert [type(m) for m in model.modules()] == kinds
+        assert [p.requires_grad for p in model.parameters()] == trains
+        for n, p in weights.items():
+            torch.testing.assert_close(now[n].detach(), p, atol=tolerance, rtol=tolerance)
+        assert all(m.merged is merged for m in pk.adapted_modules(model).values())
+        assert merged or all(m.merged_base is None for m in pk.adapted_modules(model).values())
+
+    assert fail_everywhere(lambda: change(model), check, step) > 3
 
 
 def test_an_exception_inside_disabled():
@@ -402,102 +356,6 @@ def test_an_exception_inside_disabled():
         with pytest.raises(error), layer.disabled(), layer.disabled():
             raise error
     assert torch.equal(layer(x), y)
-
-
-CACHE = """
-import json, sys, warnings
-import triton, triton.language as tl
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
-from pera_kernels import triton_cache
-
-@triton.jit
-def kernel(p, n, B: tl.constexpr):
-    o = tl.arange(0, B)
-    tl.store(p + o, o, mask=o < n)
-
-class Compiled:
-    device_caches = {"loaded": 1}
-    def __getitem__(self, grid):
-        def launch(**arguments):
-            source = ASTSource(kernel, {"p": "*i32", "n": "i32", "B": "constexpr"}, {(2,): 64})
-            made = triton.compile(source, target=GPUTarget("cuda", 90, 32))
-            self.size = len(made.asm["cubin"])
-        return launch
-
-own = Compiled()
-with warnings.catch_warnings(record=True) as told:
-    warnings.simplefilter("always")
-    triton_cache.run(own, (1,))
-    triton_cache.run(own, (1,))
-told = [str(w.message) for w in told if "Triton's cache" in str(w.message)]
-print(json.dumps({"size": own.size, "told": told, "own": triton_cache._own}))
-"""
-
-
-def compiled(folder, script):
-    # Triton reads a kernel's source from its file.
-    script.write_text(CACHE)
-    run = f"import runpy; runpy.run_path({str(script)!r}, run_name='__main__')"
-    return python(run, TRITON_CACHE_DIR=str(folder), TRITON_INTERPRET="0")
-
-
-@pytest.fixture(scope="module")
-def cache(tmp_path_factory):
-    """A cache with one compiled kernel."""
-    pytest.importorskip("triton")
-    folder = tmp_path_factory.mktemp("cache")
-    found = compiled(folder, tmp_path_factory.mktemp("script") / "script.py")
-    assert found["size"] > 1000 and found["told"] == []
-    return folder
-
-
-@pytest.mark.parametrize("fault", ["a file in its place", "cannot be made", "damaged", "gone"])
-def test_a_bad_triton_cache_is_survived(fault, cache, tmp_path, record):
-    import shutil
-
-    folder = tmp_path / "cache"
-    if fault == "a file in its place":
-        folder.write_text("")
-        folder = folder / "below"
-    elif fault == "cannot be made":
-        folder = Path("/proc/pera_kernels")
-    else:
-        shutil.copytree(cache, folder)
-        for path in folder.rglob("__grp__*"):
-            path.write_text(path.read_text().replace(str(cache), str(folder)))
-        for path in folder.rglob("kernel.json" if fault == "damaged" else "kernel.cubin"):
-            path.write_text("{") if fault == "damaged" else path.unlink()
-    found = compiled(folder, tmp_path / "script.py")
-    assert found["size"] > 1000
-    if fault == "gone" and not found["told"]:
-        # From 3.9 on Triton itself compiles again what is missing.
-        assert found["own"] is None and list(folder.rglob("kernel.cubin"))
-    else:
-        assert len(found["told"]) == 1 and str(folder) in found["told"][0]
-        assert not Path(found["own"]).exists()
-    record(faults=1)
-
-
-def test_other_errors_of_a_launch_are_not_swallowed():
-    triton_cache = pytest.importorskip("pera_kernels.triton_cache")
-
-    class Broken:
-        def __init__(self, error):
-            self.error, self.calls = error, 0
-
-        def __getitem__(self, grid):
-            def launch(**arguments):
-                self.calls += 1
-                raise self.error
-
-            return launch
-
-    for error in (RuntimeError("out of resource: shared memory"), KeyError("n"), ValueError("x")):
-        kernel = Broken(error)
-        with pytest.raises(type(error)):
-            triton_cache.run(kernel, (1,))
-        assert kernel.calls == 1
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")

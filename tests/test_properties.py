@@ -1,8 +1,7 @@
 """What holds for every input: random shapes, dtypes, strides, scales and special values.
 
-A failing example is printed as a ``Problem``: ``check_rule(Problem(...))`` runs it again. The long
-run is ``pytest -m long tests/test_properties.py``; it appends its figures to
-``tests/results/properties.jsonl``.
+A failing example is printed as a ``Problem``: ``check_rule(Problem(...))`` runs it again. The slow
+ones (``pytest -m slow tests/test_properties.py``) try many thousand fresh problems.
 """
 
 from dataclasses import replace
@@ -23,7 +22,6 @@ from tests.random_problems import (  # noqa: E402
     F16,
     F32,
     F64,
-    FIGURES,
     Problem,
     check_rule,
     check_spread,
@@ -33,57 +31,58 @@ from tests.random_problems import (  # noqa: E402
     same_bits,
 )
 
-QUIET = {
-    "deadline": None,
-    "database": None,
-    # The fixtures that tests ask for beside a problem hold nothing that a call could change.
-    "suppress_health_check": [HealthCheck.too_slow, HealthCheck.function_scoped_fixture],
-}
-settings.register_profile("ci", derandomize=True, **QUIET)
-settings.register_profile("long", print_blob=True, **QUIET)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """The problems are small: a second thread would cost more than it gives."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
-CI, LONG = settings.get_profile("ci"), settings.get_profile("long")
-SMALL = {"backend": "triton", "most": 9, "most_rank": 6}
+# The same problems each time, so that a change is judged by what it changes.
+FIXED = settings(
+    derandomize=True,
+    deadline=None,
+    database=None,
+    suppress_health_check=[HealthCheck.too_slow],
+)
+FRESH = settings(FIXED, derandomize=False, print_blob=True)
 NOT_FINITE = {"special": "not finite", "decades": 1}
 
 
-@settings(CI, max_examples=2000)
-@given(problems())
-def test_torch_follows_the_numeric_rule(p):
+def counts(few, many):
+    """Run a test on a few fixed problems, and as a slow test on many fresh ones."""
+    slow = pytest.param(FRESH, many, id=str(many), marks=pytest.mark.slow)
+    return pytest.mark.parametrize("profile, count", [pytest.param(FIXED, few, id=str(few)), slow])
+
+
+def for_random_problems(check, profile, count, backend, **options):
+    if backend == "triton":
+        options |= {"most": 9, "most_rank": 6}
+
+    @settings(profile, max_examples=count)
+    @given(problems(backend, **options))
+    def run(problem):
+        check(problem, backend)
+
+    run()
+
+
+@counts(500, 24_000)
+def test_torch_follows_the_numeric_rule(profile, count):
     """Output and gradients, whatever the call: see ``check_rule``."""
-    check_rule(p)
+    for_random_problems(check_rule, profile, count, "torch")
 
 
-@settings(CI, max_examples=2000)
-@given(problems(**NOT_FINITE))
-def test_torch_hides_and_spreads_no_infinity(p):
+@counts(500, 8_000)
+def test_torch_hides_and_spreads_no_infinity(profile, count):
     """What is not finite shows where it belongs: see ``check_spread``."""
-    check_spread(p)
+    for_random_problems(check_spread, profile, count, "torch", **NOT_FINITE)
 
 
-@settings(CI, max_examples=40)
-@given(p=problems(**SMALL))
-def test_triton_follows_the_numeric_rule(p, triton_backend):
+@counts(12, 300)
+def test_triton_follows_the_numeric_rule(profile, count, triton_backend):
     """The kernels on the same problems, small ones."""
-    check_rule(p, triton_backend)
+    for_random_problems(check_rule, profile, count, triton_backend)
 
 
 @pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")
-@settings(CI, max_examples=40)
-@given(p=problems(**SMALL, **NOT_FINITE))
-def test_triton_hides_no_infinity(p, triton_backend):
+@counts(12, 300)
+def test_triton_hides_no_infinity(profile, count, triton_backend):
     """As for the torch backend, with the spread that ``check_spread`` states."""
-    check_spread(p, triton_backend)
+    for_random_problems(check_spread, profile, count, triton_backend, **NOT_FINITE)
 
 
 @st.composite
@@ -124,24 +123,21 @@ def assert_within(got, expected, magnitude, p):
     assert (error <= allowed).all(), f"{p}\n{float((error / allowed).max())} times what rounding is"
 
 
-@settings(CI, max_examples=150)
-@given(plain_problems(), st.booleans())
-def test_without_coefficients_it_is_lora(p, frozen):
-    """With h = 0 everything is that of terms="linear"; bit for bit if h is not trained."""
-    p = replace(p, special=(("h", 0.0, 0),), needs=("x", "A", "B") if frozen else p.needs)
+@settings(FIXED, max_examples=50)
+@given(plain_problems())
+def test_without_coefficients_it_is_lora(p):
+    """With h = 0 everything is that of terms="linear"."""
+    p = replace(p, special=(("h", 0.0, 0),))
     inputs = make_inputs(p)
     got = evaluate(p, inputs, "torch")
     lora = {**inputs, "h": None}
     expected = evaluate(replace(p, terms="linear"), lora, "torch")
     for name, magnitude in magnitudes(p, inputs).items():
-        if name == "dh":
-            continue
-        if frozen:
-            assert same_bits(got[name], expected[name]), f"{p}\n{name}"
-        assert_within(got[name], expected[name], magnitude, p)
+        if name != "dh":
+            assert_within(got[name], expected[name], magnitude, p)
 
 
-@settings(CI, max_examples=100)
+@settings(FIXED, max_examples=50)
 @given(plain_problems(terms="full"))
 def test_square_and_cross_add_up_to_full(p):
     """full - linear = (square - linear) + (cross - linear), each with its share of h."""
@@ -164,7 +160,7 @@ def test_square_and_cross_add_up_to_full(p):
     assert_within(dW["full"] - dW["linear"], quadratic, magnitude, p)
 
 
-@settings(CI, max_examples=150)
+@settings(FIXED, max_examples=50)
 @given(plain_problems(), st.randoms(use_true_random=False))
 def test_order_of_the_rank_does_not_matter(p, generator):
     """Permuting the rows of A, the columns of B and the pairs of h permutes the gradients."""
@@ -190,7 +186,7 @@ def test_order_of_the_rank_does_not_matter(p, generator):
         assert_within(t, expected[name][at], magnitude[name][at], p)
 
 
-@settings(CI, max_examples=200)
+@settings(FIXED, max_examples=50)
 @given(plain_problems((F32, F64, BF16)), st.data())
 def test_scaling_a_column_against_its_row_changes_nothing(p, data):
     """b_i α and a_i / α: bit for bit with powers of two, else up to rounding."""
@@ -216,11 +212,11 @@ def test_scaling_a_column_against_its_row_changes_nothing(p, data):
         assert_within(t, expected[name], magnitude[name], p)
 
 
-@settings(CI, max_examples=150)
+@settings(FIXED, max_examples=50)
 @given(plain_problems((F32, F64, BF16, F16)))
 def test_merging_equals_applying(p):
     """A merged layer gives what the adapted one gave, and unmerging restores the weight's bits."""
-    p = replace(p, scale=min(p.scale, 2.0, key=abs) or 1.0, needs=None)
+    p = replace(p, scale=min(p.scale, 2.0, key=abs) or 1.0, needs=())
     inputs = make_inputs(p)
     layer = pk.PeraLinear(p.N, p.M, p.r, alpha=p.r * abs(p.scale), terms=p.terms, dtype=p.dtype)
     p = replace(p, scale=layer.scale)
@@ -238,7 +234,7 @@ def test_merging_equals_applying(p):
     assert same_bits(layer.weight, weight)
 
 
-@settings(CI, max_examples=150)
+@settings(FIXED, max_examples=50)
 @given(plain_problems((F32, F64, BF16, F16)))
 def test_expanded_factors_reproduce_the_update(p):
     """lora_B @ lora_A is ΔW."""
@@ -252,42 +248,3 @@ def test_expanded_factors_reproduce_the_update(p):
     magnitude = pk.delta_weight(*positive, **options, backend="reference")
     expected = pk.delta_weight(A, B, h, scale=p.scale, terms=p.terms, backend="torch")
     assert_within(lora_B.double() @ lora_A.double(), expected, magnitude, p)
-
-
-@pytest.fixture(scope="module")
-def figures():
-    """What the long run counts; one line in the results when it is over."""
-    FIGURES.__init__()
-    yield FIGURES
-    FIGURES.write()
-
-
-LONG_RUNS = {
-    "torch rule": (check_rule, problems(), 24_000),
-    "torch not finite": (check_spread, problems(**NOT_FINITE), 8_000),
-    "triton rule": (check_rule, problems(**SMALL), 300),
-    "triton not finite": (check_spread, problems(**SMALL, **NOT_FINITE), 300),
-}
-
-
-@pytest.mark.long
-@pytest.mark.filterwarnings("ignore::RuntimeWarning")
-@pytest.mark.parametrize("name", LONG_RUNS)
-def test_long_run(name, figures, request):
-    """Many thousand fresh problems; the figures are appended to the results."""
-    check, strategy, count = LONG_RUNS[name]
-    backend = name.partition(" ")[0]
-    if backend == "triton":
-        request.getfixturevalue("triton_backend")
-
-    @settings(LONG, max_examples=count)
-    @given(strategy)
-    def run(p):
-        figures.cases[name] += 1
-        check(p, backend)
-
-    try:
-        run()
-    except BaseException:
-        figures.failures.append(name)
-        raise

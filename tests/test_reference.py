@@ -65,7 +65,7 @@ def test_expanded_factors_are_a_lora_of_rank_K(terms):
 
 @pytest.mark.parametrize("terms", TERMS)
 @pytest.mark.parametrize("r", [1, 2, 5])
-def test_lean_gradients_by_finite_differences(r, terms):
+def test_torch_gradients_by_finite_differences(r, terms):
     x, weight, bias, A, B, h = problem(r, terms, N=4, M=3, T=3)
     inputs = [t.requires_grad_() for t in (x, A, B, h) if t is not None and t.numel()]
 

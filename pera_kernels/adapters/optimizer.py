@@ -19,8 +19,8 @@ def parameter_groups(
     """Parameter groups for ``torch.optim``: the factors, and the coefficients h at their own rate.
 
     A product of two factor entries is small at the usual initialisation (about 1 / (3 N)), so an
-    ``h`` that moves at the rate of the factors leaves the quadratic part invisible: rates 100 to
-    1000 times ``lr`` are worth trying, with :meth:`PeraLinear.quadratic_share` as the gauge.
+    ``h`` that moves at the rate of the factors leaves the quadratic part invisible: rates 30 to 300
+    times ``lr`` are worth trying, with :meth:`PeraLinear.quadratic_share` as the gauge.
 
     Args:
         lr: rate of A, B and of any other trainable parameter of the model (in a group of its own).

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import re
 from collections.abc import Callable, Mapping
 from typing import Any, NoReturn
 
 import torch
+
+from ..terms import TERMS
+from . import verify
 
 __all__ = ["DTYPES", "Parser", "build"]
 
@@ -32,6 +36,14 @@ EXAMPLES = {
     "merge": """examples:
   python -m pera_kernels merge models/base runs/adapter models/merged
   python -m pera_kernels merge models/base runs/adapter models/merged --dtype bfloat16""",
+    "verify": """ops:
+  pera_linear, the same with dropout, with plan="composed", or mixed: float32 adapters under
+  half-precision activations; and delta_weight
+
+examples:
+  python -m pera_kernels verify
+  python -m pera_kernels verify --backend triton --terms full --ranks 16 --dtypes bfloat16
+  python -m pera_kernels verify --backend torch --dtypes float64 --shapes 33x70x50 128x64x96""",
 }
 
 
@@ -42,14 +54,20 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: error: {message}\n")
 
 
-def _whole(text: str) -> int:
-    try:
-        value = int(text)
-    except ValueError:
-        value = 0
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 1")
-    return value
+def _whole(text: str, least: int = 1) -> int:
+    if not re.fullmatch(r"\d{1,9}", text) or int(text) < least:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from {least}")
+    return int(text)
+
+
+def _whole_or_zero(text: str) -> int:
+    return _whole(text, least=0)
+
+
+def _shape(text: str) -> tuple[int, ...]:
+    if not re.fullmatch(r"\d{1,9}x\d{1,9}x\d{1,9}", text):
+        raise argparse.ArgumentTypeError(f"{text!r} is not TOKENSxINxOUT, as 33x70x50")
+    return tuple(map(int, text.split("x")))
 
 
 def _dtype(text: str) -> torch.dtype:
@@ -108,6 +126,40 @@ def build(commands: Mapping[str, Callable[[argparse.Namespace], int]]) -> Parser
     own.add_argument("--dtype", type=_dtype, help=f"{', '.join(DTYPES)} (that of the base)")
     json_switch(own)
 
-    # It parses what follows itself: see __main__.
-    found.add_parser("verify", help="Outputs and gradients against float64, for every op.")
+    _verify(command("verify", "Outputs and gradients against float64, for every op."))
     return parser
+
+
+def _verify(own: Parser) -> None:
+    dtypes = tuple(verify.DTYPES)
+    several: dict[str, Any] = {"nargs": "+", "action": _EachOnce}
+    add = own.add_argument
+    add("--device", choices=("cpu", "cuda"), help="default: cuda where there is a GPU")
+    add(
+        "--backend",
+        choices=verify.BACKENDS,
+        help="default: both; one that is named and cannot run is a failure",
+        **several,
+    )
+    add("--ops", choices=tuple(verify.OPS), **several)
+    add("--terms", choices=TERMS, default=TERMS, **several)
+    add("--ranks", type=_whole, default=verify.RANKS, metavar="R", **several)
+    add(
+        "--dtypes",
+        choices=dtypes,
+        default=dtypes[:-1],
+        help="default: all but float64, which only the torch backend computes in",
+        **several,
+    )
+    add("--shapes", type=_shape, metavar="TxNxM", help="tokens x in x out", **several)
+    add("--seed", type=_whole_or_zero, default=0, help="of the inputs and the dropout (0)")
+    add("--exhaustive", action="store_true", help="every op at every default shape: slow")
+    add("--jobs", type=_whole_or_zero, help="processes; 0: this one; default: by cores and memory")
+    add("--failures", action="store_true", help="print only what failed")
+
+
+class _EachOnce(argparse.Action):
+    """Several values, each kept once."""
+
+    def __call__(self, parser: Any, given: Any, values: Any, option: str | None = None) -> None:
+        setattr(given, self.dest, tuple(dict.fromkeys(values)))

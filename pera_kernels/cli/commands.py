@@ -14,6 +14,7 @@ from ..adapters.checkpoint import place, read_adapter
 from ..adapters.export import AdapterView, LoraExport, export_views
 from . import describe
 from .tables import progress, shown, table
+from .verify import verify
 
 __all__ = ["COMMANDS"]
 
@@ -177,4 +178,5 @@ COMMANDS = {
     "inspect": inspect,
     "export-lora": export_lora,
     "merge": merge,
+    "verify": verify,
 }

@@ -1,0 +1,137 @@
+"""What a measurement says: one JSON line with its case, its numbers, and where it was made."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import os
+import platform
+import re
+import subprocess
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from pera_kernels.kernels import interpreting
+from pera_kernels.testing import Case
+
+__all__ = ["DTYPES", "RESULTS", "Row", "append", "default_file", "environment", "line", "of_case"]
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "benchmarks" / "results"
+
+# What --dtypes takes: the dtype of activations and weight, and of the adapter.
+DTYPES: dict[str, tuple[torch.dtype, torch.dtype]] = {
+    "float32": (torch.float32, torch.float32),
+    "bfloat16": (torch.bfloat16, torch.bfloat16),
+    "float16": (torch.float16, torch.float16),
+    "bfloat16+float32": (torch.bfloat16, torch.float32),
+    "float16+float32": (torch.float16, torch.float32),
+}
+
+# The keys of a row are explained in benchmarks/README.md.
+Row = dict[str, Any]
+
+
+def of_case(case: Case) -> Row:
+    """The keys of a row that say what was computed."""
+    dtypes = (case.dtype, case.factor_dtype)
+    return {
+        "terms": case.terms,
+        "r": case.r,
+        "T": case.T,
+        "n": case.N,
+        "m": case.M,
+        "dtype": next(name for name, pair in DTYPES.items() if pair == dtypes),
+        "dropout": case.dropout_p,
+    }
+
+
+def environment(device: torch.device) -> Row:
+    """The keys of a row that say where and with what it was made.
+
+    Under Triton's interpreter every run is a dry run, whose times no table shows.
+    """
+    return {
+        "status": "dry run" if interpreting() else "timed",
+        "device": _device_name(device),
+        "torch": torch.__version__,
+        "triton": _version("triton"),
+        "commit": _commit(),
+        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+    }
+
+
+def _device_name(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    cpuinfo = Path("/proc/cpuinfo")
+    text = cpuinfo.read_text() if cpuinfo.exists() else ""
+    found = re.search(r"^model name\s*:\s*(.+)$", text, re.M)
+    name = found[1].strip() if found else platform.processor() or platform.machine()
+    threads = torch.get_num_threads()
+    return f"{name}, {threads} thread{'s' * (threads > 1)}"
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _commit() -> str | None:
+    """The checkout's commit, with "+" where the package differs from it.
+
+    A copy of the tree without .git is told by the environment variable PERA_COMMIT.
+    """
+    if given := os.environ.get("PERA_COMMIT"):
+        return given
+    if not (ROOT / ".git").exists():
+        return None
+
+    def git(*words: str) -> str:
+        done = subprocess.run(["git", *words], cwd=ROOT, capture_output=True, text=True, check=True)
+        return done.stdout.strip()
+
+    changed = git("status", "--porcelain", "pera_kernels")
+    return git("rev-parse", "--short=12", "HEAD") + "+" * bool(changed)
+
+
+def default_file(device: torch.device, prefix: str = "") -> Path:
+    """One file for each kind of device: cpu.jsonl, or gpu-<name>.jsonl."""
+    name = f"gpu {torch.cuda.get_device_name(device)}" if device.type == "cuda" else "cpu"
+    return RESULTS / f"{prefix}{re.sub(r'[^a-z0-9]+', '-', name.lower()).strip('-')}.jsonl"
+
+
+def append(path: Path, row: Row) -> None:
+    """Add one row; floats keep five significant digits, more would be noise."""
+    values = {k: float(f"{v:.5g}") if isinstance(v, float) else v for k, v in row.items()}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a", encoding="utf-8") as lines:
+        lines.write(json.dumps(values, ensure_ascii=False) + "\n")
+
+
+def read(path: Path) -> list[Row]:
+    """The rows of a file, which need not exist."""
+    text = path.read_text(encoding="utf-8") if path.exists() else ""
+    return [json.loads(line) for line in text.splitlines() if line]
+
+
+def line(row: Row) -> str:
+    """A row as the commands print it."""
+    text = f"{row['contender']:<40}{row['dtype']:<17}{row['phase']:<9}"
+    if row["status"] == "failed":
+        return f"{text}FAILED: {row['note']}"
+    for key, form, unit in (
+        ("median_ms", "9.4f", "ms"),
+        ("ratio_to_frozen", "6.3f", "x frozen"),
+        ("peak_mib", "9.1f", "MiB peak"),
+        ("tflops", "7.2f", "TFLOP/s"),
+        ("gbps", "7.1f", "GB/s"),
+    ):
+        if row.get(key) is not None:
+            text += f" {row[key]:{form}} {unit}"
+    return f"{text}  {row.get('note', '')}".rstrip()

@@ -1,1 +1,0 @@
-"""Error of every op, terms, rank, dtype and backend against float64, for the sceptic."""

@@ -1,0 +1,110 @@
+"""What the launchers do beside the formula: splits, stacks, strides, rounding, precision."""
+
+import pytest
+import torch
+
+from pera_kernels import testing, torch_backend
+from pera_kernels.kernels import tiles
+from pera_kernels.operands import Base, Factors, Options
+from pera_kernels.reference import coefficients, expand
+from pera_kernels.terms import circular_order, lane_count
+from pera_kernels.testing import Case
+
+
+def circular(factor, h=None, terms="full"):
+    """c ∘ φ of a factor in the kernels' order, by the reference, in float32."""
+    r = factor.shape[0]
+    order = torch.cat([torch.arange(r), circular_order(r, terms) + r]).to(factor.device)
+    phi, c = expand(factor.float(), terms), coefficients(h, r)
+    return (phi if c is None else phi * c.unsqueeze(1))[order]
+
+
+def test_lanes_over_several_programs_of_several_accumulators(triton_backend, device, monkeypatch):
+    """80 lanes as 32, 32 and 16: what a program starts at is not what it has in one accumulator."""
+    tile = tiles.Tile(16, 16, 16, num_warps=4, num_stages=1, pieces=2)
+    monkeypatch.setattr(tiles, "tile_for", lambda *arguments: tile)
+    assert lane_count(11) == 80 and tiles.pieces(80, 16, 2) == 2
+    verdicts = testing.check(Case(r=11, T=17, N=40, M=40), triton_backend, device)
+    assert all(v.passed for v in verdicts), [str(v) for v in verdicts if not v.passed]
+
+
+def test_layers_that_share_a_split_projection(triton_backend, device, poison):
+    """Three layers on one x that is split along its features: each has its own lanes of u."""
+    from pera_kernels.kernels import ops
+    from pera_kernels.kernels.launch import recorded
+
+    x = torch.randn(5, 600, device=device)
+    adapters = [
+        Factors(torch.randn(2, 600, device=device), torch.randn(M, 2, device=device), None)
+        for M in (7, 3, 40)
+    ]
+    bases = [Base(torch.randn(len(own.B), 600, device=device)) for own in adapters]
+    arguments = (x, bases, adapters, None, Options("linear", scale=0.5))
+    with recorded() as calls:
+        ops.forward(*arguments)
+    assert calls[0].arguments["u_ptr"].shape[0] > 1, "the projection was not split"
+    for y, u, base, own in zip(*ops.forward(*arguments), bases, adapters, strict=True):
+        expected = x @ own.A.t()
+        torch.testing.assert_close(u[:, :2], expected, rtol=1e-4, atol=1e-4)
+        assert not u[:, 2:].any()
+        expected = x @ base.weight.t() + 0.5 * expected @ own.B.t()
+        torch.testing.assert_close(y, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_a_sum_of_more_parts_than_a_block_has(triton_backend, device):
+    from pera_kernels.kernels.reduce import SUM_BLOCKS, Sum, sum_partials
+
+    partial = torch.randn(2 * SUM_BLOCKS["BLOCK_P"] + 5, 3, 50, device=device)
+    out = torch.empty(3, 60, device=device)[:, :50]
+    sum_partials([Sum(partial, out, 50, out.stride(0))])
+    torch.testing.assert_close(out, partial.sum(0))
+
+
+@pytest.mark.parametrize(
+    "factor_dtype, dtype",
+    [
+        (torch.bfloat16, torch.bfloat16),
+        (torch.float16, torch.float16),
+        (torch.float32, torch.bfloat16),
+        (torch.bfloat16, torch.float32),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("with_h", [False, True])
+def test_an_expansion_is_rounded_once(with_h, factor_dtype, dtype, backend, device):
+    """Factors and coefficient are multiplied in float32, then rounded: bit for bit."""
+    factor = torch.randn(6, 50, device=device).to(factor_dtype)
+    h = torch.randn(21, device=device) if with_h else None
+    expected = circular(factor, h)
+    if backend == "triton":
+        from pera_kernels.kernels import expand as kernel
+        from pera_kernels.kernels.launch import Factor
+
+        (phi,) = kernel.expand([Factor(factor, h, 6, "full")], dtype=dtype)
+        got = phi[: len(expected)]
+        assert not phi[len(expected) :].any()
+    else:
+        got = torch_backend.expand(factor, "full", dtype, torch_backend.coefficients(h, 6, "full"))
+    assert torch.equal(got, expected.to(dtype))
+
+
+def test_factors_out_of_32_bits_are_copied(triton_backend):
+    from pera_kernels.kernels.launch import addressable
+
+    near = torch.empty_strided((2, 4), (2**30, 1), device="meta")
+    far = torch.empty_strided((3, 4), (2**30, 1), device="meta")
+    assert addressable(near) is near
+    assert addressable(far).stride() == (4, 1)
+
+
+@pytest.mark.parametrize("allowed, expected", [(False, "ieee"), (True, "tf32")])
+def test_single_precision_is_exact_unless_torch_allows_tf32(allowed, expected, triton_backend):
+    from pera_kernels.kernels.launch import dot_precision
+
+    before = torch.backends.cuda.matmul.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = allowed
+    try:
+        assert dot_precision(torch.float32) == expected
+        assert dot_precision(torch.bfloat16) == "ieee"
+    finally:
+        torch.backends.cuda.matmul.allow_tf32 = before

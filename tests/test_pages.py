@@ -1,0 +1,76 @@
+"""Tables, statements and the picture of the pages say what results and sources say."""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+from pera_kernels.adapters.export import vllm_max_lora_rank
+from pera_kernels.terms import TERMS, expanded_rank
+
+ROOT = Path(__file__).parents[1]
+DOCS = ROOT / "docs"
+
+
+def part(page, name):
+    return re.search(rf"<!-- {name}: generated -->\n(.*?)\n<!-- end -->", page, re.DOTALL)[1]
+
+
+@pytest.fixture(scope="module")
+def finetune():
+    return json.loads((ROOT / "benchmarks/results/finetune/results.json").read_text())
+
+
+def test_the_table_of_the_fine_tune(finetune):
+    pytest.importorskip("rich")
+    from tools.finetune.report import markdown_table
+
+    assert part((DOCS / "finetune.md").read_text(), "finetune") == markdown_table(finetune)
+
+
+def test_what_is_said_of_the_fine_tune(finetune):
+    """README.md and docs/finetune.md say this in words."""
+    runs = {run["key"]: run["metrics"] for run in finetune["methods"]}
+    loss = {key: metrics["held_out_bits_per_byte"] for key, metrics in runs.items()}
+    assert loss["lora_matched"] < loss["pera_full"] < loss["pera_square"] < loss["lora"]
+    assert abs(loss["pera_full_common_lr"] - loss["lora"]) < 1e-3
+    assert runs["lora_matched"]["trainable_parameters"] >= runs["pera_full"]["trainable_parameters"]
+    assert runs["lora_matched"]["step_ms"] < runs["pera_square"]["step_ms"]
+    assert runs["pera_square"]["step_ms"] < runs["pera_full"]["step_ms"]
+    assert runs["lora_matched"]["rank"] == runs["lora"]["rank"] + 1
+    assert finetune["settings"]["lr_h"] == 100 * finetune["settings"]["lr"]
+
+
+def test_the_table_of_ranks():
+    head = ["r", *(f'K, terms="{terms}"' for terms in TERMS), "K′ (full)", "vLLM --max-lora-rank"]
+    lines = [f"| {' | '.join(head)} |", f"|{'---:|' * len(head)}"]
+    for r in (2, 4, 8, 12, 16, 20, 24, 28, 32, 64):
+        K = [expanded_rank(r, terms) for terms in TERMS]
+        padded = -(-K[0] // 16) * 16
+        cells = [r, *K, padded, vllm_max_lora_rank(padded) or "none"]
+        lines.append(f"| {' | '.join(map(str, cells))} |")
+    assert part((DOCS / "serving.md").read_text(), "ranks") == "\n".join(lines)
+
+
+def test_the_picture_shows_todays_files_and_imports():
+    pytest.importorskip("matplotlib")
+    from tools import picture
+
+    shown = picture.PICTURE.read_text()
+    assert picture.described(picture.arrows()) in shown, "run python -m tools.picture"
+
+
+def test_files_that_the_architecture_page_names_exist():
+    text = (DOCS / "architecture.md").read_text()
+    for path in re.findall(r"`([\w/]+\.py|\w+/)`", text):
+        assert (ROOT / "pera_kernels" / path).exists(), path
+
+
+def test_functions_that_the_architecture_page_names_exist():
+    found = re.findall(r"`([\w/]+\.py)` \((`[^)]*)\)", (DOCS / "architecture.md").read_text())
+    assert found
+    for path, names in found:
+        source = (ROOT / "pera_kernels" / path).read_text()
+        for name in re.findall(r"`(\w+)`", names):
+            assert re.search(rf"^(def|class) {name}\b|^{name}\b", source, re.M), (path, name)
