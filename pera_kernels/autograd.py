@@ -10,19 +10,20 @@ import torch
 from torch.autograd.function import once_differentiable
 
 from .backends import implementation
-from .operands import Base, Factors, Saved
+from .operands import Base, Factors, Saved, tokens
 
 __all__ = ["DeltaWeight", "PeraFunction"]
 
 
-def _in_dtype_of(x: torch.Tensor, weight: torch.Tensor | None) -> torch.Tensor | None:
-    """The weight in the dtype of x: under autocast only the original is kept for the backward."""
-    return weight if weight is None or weight.dtype == x.dtype else weight.to(x.dtype)
+def _cast(weight: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor | None:
+    """The weight in ``dtype``: under autocast only the original is kept for the backward."""
+    return weight if weight is None or weight.dtype == dtype else weight.to(dtype)
 
 
-def in_dtype_of(x: torch.Tensor, base: Base) -> Base:
-    """The base with its weight and bias in the dtype of x."""
-    return Base(_in_dtype_of(x, base.weight), _in_dtype_of(x, base.bias), base.out)
+def rows_of(base: Base, dtype: torch.dtype) -> Base:
+    """The base with its weight and bias in ``dtype`` and its output as ``(T, M)``."""
+    out = None if base.out is None else tokens(base.out)
+    return Base(_cast(base.weight, dtype), _cast(base.bias, dtype), out)
 
 
 def _wanted(gradients: Any, needs: tuple[bool, ...]) -> list[torch.Tensor | None]:
@@ -34,7 +35,7 @@ class PeraFunction(torch.autograd.Function):
     ``weight`` is None, out + s · (…), where ``out`` came from a base layer that differentiates
     itself.
 
-    x ``(T, N)``, y and out ``(T, M)``, A ``(R, N)``, B ``(M, R)``, h ``(L,)`` or None.
+    x ``(..., N)``, out ``(..., M)``, A ``(R, N)``, B ``(M, R)``, h ``(L,)`` or None -> ``(T, M)``.
     ``computed`` is (y, u) where the forward was computed already, together with other layers on the
     same x; each layer has a node of its own, so that gradients flow as they do for layers apart.
     Keeps x only for dA (and where u has to be made again), u ``(T, K)`` only for dB and dh, and the
@@ -44,16 +45,16 @@ class PeraFunction(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, bias, out, A, B, h, seed, options, computed=None):
         if computed is None:
-            base = in_dtype_of(x, Base(weight, bias, out))
+            base = rows_of(Base(weight, bias, out), x.dtype)
             backend = implementation(options.backend)
-            (y,), (u,) = backend.forward(x, [base], [Factors(A, B, h)], seed, options)
+            (y,), (u,) = backend.forward(tokens(x), [base], [Factors(A, B, h)], seed, options)
         else:
             y, u = computed
         need_A, need_B, need_h = ctx.needs_input_grad[4:7]
         need_u, composed = need_B or need_h, options.plan == "composed"
         keep_x = need_A or (need_u and composed)
         keep_u = need_u and not composed
-        ctx.options = options
+        ctx.options, ctx.shape = options, x.shape
         ctx.save_for_backward(x if keep_x else None, u if keep_u else None, weight, A, B, h, seed)
         return y
 
@@ -64,11 +65,13 @@ class PeraFunction(torch.autograd.Function):
         needs = (ctx.needs_input_grad[0], *ctx.needs_input_grad[4:7])
         gradients: Any = (None,) * 4
         if any(needs):
-            saved = Saved(x, u, _in_dtype_of(dy, weight), Factors(A, B, h), seed)
+            rows = None if x is None else tokens(x)
+            saved = Saved(rows, u, _cast(weight, dy.dtype), Factors(A, B, h), seed)
             backend = implementation(ctx.options.backend)
             gradients = backend.backward(dy, saved, ctx.options, needs)
         dx, dA, dB, dh = _wanted(gradients, needs)
-        dout = dy if ctx.needs_input_grad[3] else None
+        dx = None if dx is None else dx.view(ctx.shape)
+        dout = dy.view(*ctx.shape[:-1], dy.shape[1]) if ctx.needs_input_grad[3] else None
         return dx, None, None, dout, dA, dB, dh, None, None, None
 
 

@@ -28,13 +28,18 @@ def check_plan(plan: str) -> None:
         raise ValueError(f"plan must be one of {', '.join(map(repr, PLANS))}; got {plan!r}")
 
 
+def _overflows(value: object) -> bool:
+    """Whether an int is too large for a float."""
+    return isinstance(value, int) and abs(value) >= 2**1024
+
+
 def check_scale(scale: object, name: str = "scale") -> None:
     if isinstance(scale, bool) or not isinstance(scale, Real):
         raise TypeError(
             f"{name} must be a real number; got {scale!r} of type {type(scale).__name__}"
         )
     # Written as a comparison: torch.compile traces it for a symbolic scale.
-    if not abs(float(scale)) < math.inf:
+    if _overflows(scale) or not abs(float(scale)) < math.inf:
         raise ValueError(f"{name} must be finite; got {scale!r}")
 
 
@@ -149,6 +154,8 @@ def check_adapter(A: object, B: object, h: object, terms: object) -> None:
 
 def check_input(x: torch.Tensor, base: Base, adapter: Factors) -> None:
     (weight, bias, base_out), (A, B, _) = base, adapter
+    if weight is None and base_out is None:
+        raise TypeError("weight must be a torch.Tensor; got NoneType")
     _check_tensor("x", x, None)
     M, N = B.shape[0], A.shape[1]
     if x.dim() < 1 or x.shape[-1] != N:

@@ -8,13 +8,12 @@ from functools import partial
 
 import torch
 
-from . import checks, reference
-from .autograd import DeltaWeight, PeraFunction, in_dtype_of
+from . import checks, reference, torch_backend
+from .autograd import DeltaWeight, PeraFunction, rows_of
 from .backends import implementation, resolve
 from .dropout import draw_seed
 from .operands import Base, Factors, Options, tokens
 from .terms import Terms
-from .torch_backend import composes
 
 __all__ = ["delta_weight", "expand_factors", "pera_linear"]
 
@@ -77,48 +76,46 @@ def apply(x: torch.Tensor, base: Base, adapter: Factors, options: Options) -> to
     seed = draw_seed(x.device) if options.dropout_p > 0.0 else None
     with _without_autocast(x.device.type):
         if options.backend == "reference":
-            return _reference(x, base, adapter, seed, options)
-        # Not _replace: torch 2.8 does not trace it.
-        rows = Base(base.weight, base.bias, None if base.out is None else tokens(base.out))
-        y = PeraFunction.apply(tokens(x), *rows, *adapter, seed, options)
+            y = _reference(tokens(x), rows_of(base, x.dtype), adapter, seed, options)
+        elif options.backend == "torch" and not _tracked(x, base.out, *adapter):
+            # Plain operators, so that forward-mode derivatives and vmap go through them.
+            rows = rows_of(base, x.dtype)
+            (y,), _ = torch_backend.forward(tokens(x), [rows], [adapter], seed, options)
+        else:
+            y = PeraFunction.apply(x, *base, *adapter, seed, options)
     return y.view(*x.shape[:-1], y.shape[1])
 
 
 def apply_together(
     x: torch.Tensor, bases: Sequence[Base], adapters: Sequence[Factors], options: Options
-) -> list[Callable[[], torch.Tensor]]:
-    """:func:`apply` for dense layers of one rank on one x, which is read once for all of them.
+) -> list[Callable[[], torch.Tensor]] | None:
+    """:func:`apply`, without dropout, for dense layers of one rank on one x, which is read once.
 
     What is returned for each layer gives its output when it is called, with an autograd node of its
-    own: gradients flow as they do for layers apart. The layers share one dropout mask.
+    own: gradients flow as they do for layers apart. None where a layer alone would compose.
     """
     checks.check_options(options)
     for base, adapter in zip(bases, adapters, strict=True):
         checks.check_adapter(*adapter, options.terms)
         checks.check_input(x, base, adapter)
-    x = _as_autocast_says(x, *bases)[0]
-    options = _chosen(options, x, bases[0], adapters[0], together=True)
-    seed = draw_seed(x.device) if options.dropout_p > 0.0 else None
+    x, _ = _as_autocast_says(x, bases[0])
+    pairs = list(zip(bases, adapters, strict=True))
+    chosen = {_chosen(options, x, base, adapter) for base, adapter in pairs}
+    if any(own.plan == "composed" for own in chosen):
+        return None
+    (options,) = chosen
     with torch.no_grad(), _without_autocast(x.device.type):
-        same = [in_dtype_of(x, base) for base in bases]
+        rows = [rows_of(base, x.dtype) for base in bases]
         backend = implementation(options.backend)
-        ys, us = backend.forward(tokens(x), same, adapters, seed, options)
-    return [
-        partial(_finish, x, base, adapter, seed, options, computed)
-        for base, adapter, computed in zip(bases, adapters, zip(ys, us, strict=True), strict=True)
-    ]
+        ys, us = backend.forward(tokens(x), rows, adapters, None, options)
 
+    def finish(number: int) -> torch.Tensor:
+        base, adapter = pairs[number]
+        computed = ys[number], us[number]
+        y = PeraFunction.apply(x, *base, *adapter, None, options, computed)
+        return y.view(*x.shape[:-1], y.shape[1])
 
-def _finish(
-    x: torch.Tensor,
-    base: Base,
-    adapter: Factors,
-    seed: torch.Tensor | None,
-    options: Options,
-    computed: tuple[torch.Tensor, torch.Tensor],
-) -> torch.Tensor:
-    y = PeraFunction.apply(tokens(x), *base, *adapter, seed, options, computed)
-    return y.view(*x.shape[:-1], y.shape[1])
+    return [partial(finish, number) for number in range(len(pairs))]
 
 
 def delta_weight(
@@ -172,23 +169,24 @@ def autocast_dtype(device_type: str) -> torch.dtype | None:
     return torch.get_autocast_dtype(device_type)
 
 
-def _as_autocast_says(x: torch.Tensor, *bases: Base) -> tuple[torch.Tensor, Base]:
+def _as_autocast_says(x: torch.Tensor, base: Base) -> tuple[torch.Tensor, Base]:
     """x and the base's output in the dtype that autocast asks for; float64 is left alone, as
     PyTorch's own autocast does. Without autocast all dtypes must agree.
     """
-    base = bases[0]
     dtype = autocast_dtype(x.device.type)
     if dtype is not None and x.dtype != torch.float64:
         out = None if base.out is None else base.out.to(dtype)
         return x.to(dtype), Base(base.weight, base.bias, out)
-    for own in bases:
-        checks.check_same_dtype(x, own)
+    checks.check_same_dtype(x, base)
     return x, base
 
 
-def _chosen(
-    options: Options, x: torch.Tensor, base: Base, adapter: Factors, together: bool = False
-) -> Options:
+def _tracked(*tensors: torch.Tensor | None) -> bool:
+    """Whether autograd will ask for a backward."""
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+
+
+def _chosen(options: Options, x: torch.Tensor, base: Base, adapter: Factors) -> Options:
     """The options with a backend and a plan in place of "auto".
 
     That depends on shapes, dtypes and the device alone, so that a forward gives the same bits with
@@ -209,10 +207,9 @@ def _chosen(
             backend == "torch"
             and base.weight is not None
             and o.dropout_p == 0.0
-            and not together
             and not torch.compiler.is_compiling()
             and adapter.A.dtype == x.dtype
-            and composes(x, base.weight, K)
+            and torch_backend.composes(x, base.weight, K)
         )
         plan = "composed" if composed else "factored"
     return Options(o.terms, float(o.scale), float(o.dropout_p), plan, backend)
@@ -233,7 +230,7 @@ def _reference(
     seed: torch.Tensor | None,
     options: Options,
 ) -> torch.Tensor:
-    (weight, bias, out), (A, B, h), o = in_dtype_of(x, base), adapter, options
+    (weight, bias, out), (A, B, h), o = base, adapter, options
     if o.plan == "composed":
         assert weight is not None
         A, B = A.to(x.dtype), B.to(x.dtype)

@@ -47,7 +47,7 @@ class AdapterOptions:
             raise ValueError(f"plan='composed' takes no dropout; got dropout={self.dropout}")
 
 
-class SharedInputs(Protocol):
+class Sharing(Protocol):
     """Layers that share their input with others: see ``pera_kernels.adapters.shared_inputs``."""
 
     def take(self, layer: Any, x: torch.Tensor) -> torch.Tensor | None:
@@ -177,7 +177,7 @@ class PeraLinear(nn.Module):
         self.plan = options.plan
         self.merged = False
         self._disabled_depth = 0
-        self.shared_inputs: SharedInputs | None = None
+        self.shared_inputs: Sharing | None = None
         self.register_buffer("merged_base", None, persistent=False)
         device, dtype = self._adapter_place(options.adapter_dtype)
         if options.backend != "auto" and device.type != "meta":
@@ -237,15 +237,11 @@ class PeraLinear(nn.Module):
 
     def shared_call(self, x: torch.Tensor) -> tuple[Base, Factors, Options] | None:
         """What :meth:`forward` computes, for layers that are evaluated together; None where this
-        one has to compute alone: merged, disabled, with hooks or with tensors that are not plain.
+        one has to compute alone: merged, disabled, or observed by hooks.
         """
         if self.merged or self._disabled_depth or not unobserved(self):
             return None
-        if type(x) is not torch.Tensor:
-            return None
-        if not all(type(p) is nn.Parameter for p in self.parameters(recurse=False)):
-            return None
-        return Base(self.weight, self.bias), self._factors(), self._options()
+        return self._base(x), self._factors(), self._options()
 
     def delta_weight(self) -> torch.Tensor:
         """ΔW ``(M, N)`` in the adapter's dtype, differentiable in A, B and h."""

@@ -111,8 +111,7 @@ def circular_order(r: int, terms: Terms, device: torch.device | str | None = Non
     if terms == "square":
         return lane
     first = first_offset(terms)
-    i = lane % r
-    j = (i + lane // r + first) % r
+    i, j = lane % r, (lane + lane // r + first) % r
     low, high = torch.minimum(i, j), torch.maximum(i, j)
     # Row ``low`` of the triangle starts after the rows above it.
-    return low * (2 * r - low + 1 - 2 * first) // 2 + high - low - first
+    return low * (2 * r - 1 - 2 * first - low) // 2 + high - first

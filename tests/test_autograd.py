@@ -164,3 +164,26 @@ def test_first_step_moves_B_alone(backend, device):
     optimizer.zero_grad()
     layer(x).square().sum().backward()
     assert layer.pera_A.grad.any() and layer.pera_h.grad.any()
+
+
+def test_an_x_that_does_not_flatten_is_kept_as_it_is(backend, device):
+    """Not as a copy of its own for the backward."""
+    p = problem(device)
+    x = torch.randn(N // 4, T, 4 * 10, device=device).transpose(0, 1).requires_grad_()
+    run = lambda: pk.pera_linear(x, p.weight, p.A, p.B, p.h, p.bias, backend=backend)  # noqa: E731
+    p.x = x
+    flat = problem(device)
+    flat.x = x.detach().reshape(-1, N).requires_grad_()
+    _, kept, _ = saved_bytes(p, run)
+    _, expected, _ = saved_bytes(flat, lambda: apply(flat, backend))
+    assert kept == expected
+
+
+def test_forward_mode_and_vmap_where_nothing_is_trained():
+    layer = pk.PeraLinear(N, M, r=R, backend="torch").requires_grad_(False)
+    torch.nn.init.normal_(layer.pera_B)
+    x, tangent = torch.randn(2, T, N)
+    y, dy = torch.func.jvp(layer, (x,), (tangent,))
+    delta = layer.weight + layer.delta_weight()
+    torch.testing.assert_close(dy, tangent @ delta.t(), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(torch.func.vmap(layer)(x), y)

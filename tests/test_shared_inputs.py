@@ -3,12 +3,14 @@
 import contextlib
 import copy
 import io
+import pickle
 import threading
 
 import pytest
 import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
+from torch.utils.hooks import RemovableHandle
 
 import pera_kernels as pk
 from pera_kernels import functional
@@ -148,6 +150,11 @@ def test_bad_names_are_refused_and_nothing_is_changed(names):
     with pytest.raises(ValueError, match="shared_inputs must be a list of tuples"):
         pk.inject(model, ["q_proj"], r=2, shared_inputs=names)
     assert not pk.adapted_modules(model)
+
+
+def test_a_name_in_two_groups_is_refused():
+    with pytest.raises(ValueError, match="'k_proj' more than once"):
+        pk.shared_inputs(adapted(), [("q_proj", "k_proj"), ("k_proj", "v_proj")])
 
 
 def test_called_from_elsewhere_a_layer_computes_alone(together):
@@ -322,46 +329,91 @@ def test_an_output_may_be_changed_in_place(together):
     assert x.grad is not None and together == [3]
 
 
-def test_dropout_is_one_mask(backend, device, together):
-    """x̂ of q, k and v is the same, and the gradients know it."""
-    model = adapted(backend, kind=Projections, dropout=0.5).to(device)
-    with torch.no_grad():
-        for layer in pk.adapted_modules(model).values():
-            layer.pera_A.copy_(model.q_proj.pera_A)
-            layer.pera_B.copy_(model.q_proj.pera_B[: layer.out_features])
-            layer.pera_h.copy_(model.q_proj.pera_h)
-            layer.weight.zero_()
-            if layer.bias is not None:
-                layer.bias.zero_()
-    x = torch.randn(4, 48, device=device, requires_grad=True)
-    q, k, v = model(x)
-    torch.testing.assert_close(q[:, :16], k)
-    torch.testing.assert_close(k, v)
-    gradients = [torch.autograd.grad(y.sum(), x)[0] for y in (q[:, :16], k, v)]
-    assert together == [3] and gradients[0].abs().sum() > 0
-    for dx in gradients[1:]:
-        torch.testing.assert_close(dx, gradients[0])
-
-
-def test_checkpointing_and_autocast(together):
-    model = adapted(dropout=0.3)
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_checkpoint_of_the_parent(reentrant, together):
+    model = adapted()
     x = torch.randn(6, 48, requires_grad=True)
     gradients = []
-    for reentrant in (None, False, True):
-        torch.manual_seed(5)
-        y = model(x) if reentrant is None else checkpoint(model, x, use_reentrant=reentrant)
+    for run in (model, lambda x: checkpoint(model, x, use_reentrant=reentrant)):
         x.grad = None
-        y.square().sum().backward()
+        run(x).square().sum().backward()
         gradients.append(x.grad)
-    for dx in gradients[1:]:
-        torch.testing.assert_close(dx, gradients[0])
-    assert not model.q_proj.shared_inputs.dissolved and together == [3] * 5
-    model.eval()
+    torch.testing.assert_close(*gradients)
+    assert not model.q_proj.shared_inputs.dissolved and together == [3] * 3
+
+
+class Inside(Projections):
+    """k and v are checkpointed by themselves: they are recomputed outside the parent's call."""
+
+    def forward(self, hidden):
+        def some(hidden):
+            return self.k_proj(hidden), self.v_proj(hidden)
+
+        return self.q_proj(hidden), *checkpoint(some, hidden, use_reentrant=False)
+
+
+class Unasked(Projections):
+    def forward(self, hidden):
+        return self.q_proj(hidden), self.k_proj(hidden)
+
+
+@pytest.mark.parametrize("T", [6, 400])
+@pytest.mark.parametrize("dropout", [0.0, 0.4])
+@pytest.mark.parametrize("kind", [Projections, Inside, Unasked])
+def test_a_checkpoint_computes_the_same_again(kind, dropout, T):
+    """With the masks of the forward, and keeping as much, though a group dissolves in between."""
+    model = adapted(kind=kind, dropout=dropout, r=16)
+    x = torch.randn(T, 48)
+    gradients = []
+    for own in (apart(model), model):
+        leaf = x.clone().requires_grad_()
+        torch.manual_seed(5)
+        ys = checkpoint(own, leaf, use_reentrant=False)
+        sum(y.square().sum() for y in ys).backward()
+        gradients.append(leaf.grad)
+    torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-4)
+
+
+def test_with_dropout_every_layer_has_its_own_mask(together):
+    model = adapted(kind=Projections, dropout=0.5)
+    x = torch.randn(4, 48)
+    torch.manual_seed(3)
+    got = model(x)
+    torch.manual_seed(3)
+    assert all(torch.equal(a, b) for a, b in zip(got, apart(model)(x), strict=True))
+    assert not together
+    model.eval()(x)
+    assert together == [3]
+
+
+def test_a_composed_plan_computes_alone(together):
+    """What ``plan="auto"`` chooses does not depend on being in a group."""
+    model = adapted(kind=Projections, r=16)
+    x = torch.randn(400, 48)
+    for a, b in zip(model(x), apart(model)(x), strict=True):
+        assert torch.equal(a, b)
+    assert together == [3] and not model.q_proj.shared_inputs.dissolved
+
+
+def test_autocast(together):
+    model, x = adapted().eval(), torch.randn(6, 48)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         y = model(x)
         assert y.dtype == torch.bfloat16
         torch.testing.assert_close(y, apart(model)(x))
     y.float().sum().backward()
+    assert together == [3]
+
+
+def test_a_trace_computes_apart(triton_backend, device, together):
+    from torch.fx.experimental.proxy_tensor import make_fx
+
+    model = adapted("triton", kind=Projections).to(device)
+    x = torch.randn(4, 48, device=device)
+    traced = make_fx(lambda x: model(x))(x)
+    assert "pera_kernels.forward" in traced.code and not together
+    for a, b in zip(traced(x), model(x), strict=True):
+        torch.testing.assert_close(a, b)
 
 
 def test_a_compiled_model_computes_apart(together):
@@ -396,6 +448,52 @@ def test_pickled_models_share_again(together):
     x = torch.randn(2, 48)
     assert torch.equal(loaded(x), model(x))
     assert together == [3, 3]
+
+
+def test_hooks_of_another_process_are_kept():
+    """There hooks are numbered from 0: a new one must not take the place of the closing one."""
+    model = adapted(kind=Projections)
+    numbers = {*model._forward_hooks, *model._forward_pre_hooks}
+    before, RemovableHandle.next_id = RemovableHandle.next_id, 0
+    try:
+        loaded = pickle.loads(pickle.dumps(model))
+        assert loaded.register_forward_hook(lambda module, args, y: y).id not in numbers
+        assert loaded.register_forward_pre_hook(lambda module, args: args).id not in numbers
+    finally:
+        RemovableHandle.next_id = before
+
+
+def test_a_hook_on_one_member_leaves_the_others_together(together):
+    model, x = adapted(kind=Projections), torch.randn(4, 48)
+    model.q_proj.register_forward_hook(lambda module, args, y: y * 2)
+    for a, b in zip(model(x), apart(model)(x), strict=True):
+        assert torch.equal(a, b)
+    assert together == [2]
+
+
+def test_dissolved_is_dissolved_though_others_are_injected(together):
+    model, x = adapted(kind=Unasked), torch.randn(4, 48)
+    model(x)
+    assert model.q_proj.shared_inputs.dissolved
+    pk.inject(model, ["o_proj"], r=2)
+    model(x)
+    assert together == [3]
+
+
+def test_a_call_while_an_exception_is_handled_dissolves_as_others_do():
+    model, x = adapted(kind=Unasked), torch.randn(4, 48)
+    try:
+        raise RuntimeError("outside")
+    except RuntimeError:
+        model(x)
+    assert model.q_proj.shared_inputs.dissolved
+
+
+def test_a_member_that_cannot_be_computed_does_not_stop_another(together):
+    model, x = adapted(kind=Unasked), torch.randn(4, 48)
+    model.v_proj.weight.requires_grad_(True)
+    q, k = model(x)
+    assert together == [2] and q.shape == (4, 48) and k.shape == (4, 16)
 
 
 def test_an_unloaded_model_has_no_hooks():

@@ -8,13 +8,17 @@ from __future__ import annotations
 
 import sys
 import threading
+from collections import Counter
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, TypeGuard
 
 import torch
 from torch import nn
+from torch.utils._python_dispatch import is_in_torch_dispatch_mode
+from torch.utils.hooks import RemovableHandle
 
 from .. import functional
+from ..module import PeraOverModule
 from ..operands import Base, Factors, Options
 
 __all__ = ["SHARED_INPUTS", "SharedInputs", "check_shared_inputs", "share", "shared_inputs"]
@@ -50,25 +54,27 @@ class _Call:
 
     def __init__(self, members: Sequence[_Member]) -> None:
         self.members = members
+        # An exception that is being handled while the call starts is not one of the call.
+        self.handled = sys.exc_info()[1]
         self.computed = False
         self.x: torch.Tensor | None = None
         self.waiting: dict[_Member, _Waiting] = {}
 
     def compute(self, layer: _Member, x: torch.Tensor) -> None:
         """Compute the outputs of ``layer`` and of those that can be computed with it."""
-        self.computed = True
-        calls = {m: call for m in self.members if (call := m.shared_call(x)) is not None}
+        calls = {m: call for m in self.members if _shares(call := m.shared_call(x))}
         own = calls.get(layer)
-        if own is None or own[2].backend == "reference" or own[2].plan == "composed":
+        if own is None or type(x) not in (torch.Tensor, nn.Parameter) or x.is_inference():
             return
         kind = _kind(own)
         together = {m: call for m, call in calls.items() if _kind(call) == kind}
-        tensors = [x, *(t for call in together.values() for t in _tensors(call))]
-        # Inference tensors have no version: a write to one could not be seen.
-        if len(together) < 2 or any(t.is_inference() for t in tensors):
+        self.computed = True
+        if len(together) < 2:
             return
         bases, adapters, _ = zip(*together.values(), strict=True)
         outputs = functional.apply_together(x, bases, adapters, own[2])
+        if outputs is None:
+            return
         self.x = x
         self.waiting = {
             member: _Waiting(call, _state(x, call), output)
@@ -87,6 +93,24 @@ class _Call:
         return waiting.finish()
 
 
+def _shares(call: SharedCall | None) -> TypeGuard[SharedCall]:
+    """Whether a layer may be computed together with others: with plain parameters, on a frozen
+    base, without dropout, whose mask has to be the same when a checkpoint computes again.
+
+    Inference tensors have no version: a write to one could not be seen.
+    """
+    if call is None:
+        return False
+    base, _, options = call
+    return (
+        options.dropout_p == 0.0
+        and options.backend != "reference"
+        and options.plan != "composed"
+        and all(type(t) is nn.Parameter and not t.is_inference() for t in _tensors(call))
+        and not any(t is not None and t.requires_grad for t in base)
+    )
+
+
 def _tensors(call: SharedCall) -> list[torch.Tensor]:
     base, adapter, _ = call
     return [t for t in (*base, *adapter) if t is not None]
@@ -96,7 +120,8 @@ def _kind(call: SharedCall) -> tuple[Any, ...]:
     """What layers have in common that are computed together."""
     base, adapter, options = call
     dtypes = [t.dtype for t in (base.weight, *adapter) if t is not None]
-    return options, adapter.A.shape, dtypes, adapter.A.device
+    own_bias = base.bias is not None and base.bias.dtype != base.weight.dtype  # type: ignore[union-attr]
+    return options, adapter.A.shape, dtypes, own_bias, adapter.A.device
 
 
 def _state(x: torch.Tensor, call: SharedCall) -> tuple[Any, ...]:
@@ -125,13 +150,21 @@ class SharedInputs:
     def __init__(self, names: Sequence[str]) -> None:
         self.names = tuple(names)
         self.dissolved = False
+        self.last_hook = 0
         self._thread = _PerThread()
 
+    def watch(self, parent: nn.Module) -> None:
+        """Register the hooks of the parent."""
+        parent.register_forward_pre_hook(self.open)
+        self.last_hook = parent.register_forward_hook(self.close, always_call=True).id
+
     def __getstate__(self) -> dict[str, Any]:
-        return {"names": self.names, "dissolved": self.dissolved}
+        return {**self.__dict__, "_thread": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state, _thread=_PerThread())
+        # In another process hooks are numbered from 0: a new one must not take the place of ours.
+        RemovableHandle.next_id = max(RemovableHandle.next_id, self.last_hook + 1)
 
     def open(self, parent: nn.Module, _: Any) -> None:
         """The parent's forward starts."""
@@ -142,16 +175,23 @@ class SharedInputs:
         self._thread.call = _Call(members)  # type: ignore[arg-type]
 
     def close(self, parent: nn.Module, _: Any, __: Any) -> None:
-        """The parent's forward ended, in an exception or not."""
+        """The parent's forward ended, in an exception or not.
+
+        PyTorch does not call it after a ``KeyboardInterrupt``: what waits then is freed by the next
+        call, and is still only given out for unchanged tensors.
+        """
         if torch.compiler.is_compiling():
             return
         call, self._thread.call = self._thread.call, None
-        if call is not None and call.waiting and sys.exc_info()[1] is None:
+        if call is not None and call.waiting and sys.exc_info()[1] is call.handled:
             self.dissolved = True
 
     def take(self, layer: _Member, x: torch.Tensor) -> torch.Tensor | None:
         """The output of ``layer``, computed together with others; None to compute it alone."""
         if torch.compiler.is_compiling() or (call := self._thread.call) is None:
+            return None
+        # What is traced must not depend on what was computed outside of the trace.
+        if is_in_torch_dispatch_mode():
             return None
         if not call.computed:
             call.compute(layer, x)
@@ -159,7 +199,7 @@ class SharedInputs:
 
 
 def check_shared_inputs(names: object) -> list[tuple[str, ...]]:
-    """The groups of names as tuples; an error names the argument."""
+    """The groups of names as tuples, no name in two of them; an error names the argument."""
     groups = list(names) if isinstance(names, (list, tuple)) else None
     if groups is None or not all(
         isinstance(group, (list, tuple))
@@ -171,6 +211,9 @@ def check_shared_inputs(names: object) -> list[tuple[str, ...]]:
             "shared_inputs must be a list of tuples of at least two names of children, such as "
             f"[('q_proj', 'k_proj', 'v_proj')], or () for none; got {names!r}"
         )
+    twice = [name for name, count in Counter(n for g in groups for n in g).items() if count > 1]
+    if twice:
+        raise ValueError(f"shared_inputs has {', '.join(map(repr, twice))} more than once")
     return [tuple(group) for group in groups]
 
 
@@ -180,10 +223,10 @@ def shared_inputs(
     """Say which adapted layers of ``model`` share their input, in place of what was said before.
 
     For every module of ``model``, adapted children with the names of one group are computed
-    together when the module calls them on the same tensor: x is read once in the forward, and with
-    dropout they share one mask. A call with another tensor, changed parameters, hooks, sharded or
-    quantized weights makes a layer compute alone, as does ``torch.compile``. Outputs wait only
-    inside one call of that module's forward; where one is not asked for, its group dissolves.
+    together when the module calls them on the same tensor: x is read once in the forward. A call
+    with another tensor, changed parameters, dropout, hooks, sharded or quantized weights makes a
+    layer compute alone, as does ``torch.compile``. Outputs wait only inside one call of that
+    module's forward; a group dissolves for good where one of them is not asked for.
 
     Args:
         names: groups of names of children; the default is a table of widespread ones
@@ -209,33 +252,37 @@ def shared_inputs(
 
 def share(module: nn.Module, groups: Sequence[tuple[str, ...]]) -> tuple[str, ...]:
     """Group the adapted children of one module; returns the names of those that are grouped."""
-    _remove_hooks(module)
+    dissolved = _remove_hooks(module)
     for child in module.children():
         if hasattr(child, "shared_call"):
             child.shared_inputs = None  # type: ignore[assignment]
     found: tuple[str, ...] = ()
     for names in groups:
         children = {name: module._modules.get(name) for name in names}
-        members = {n: m for n, m in children.items() if hasattr(m, "shared_call")}
-        if len(set(members.values())) < 2:
+        members = {
+            name: child
+            for name, child in children.items()
+            if hasattr(child, "shared_call") and not isinstance(child, PeraOverModule)
+        }
+        if len(set(members.values())) < 2 or tuple(members) in dissolved:
             continue
         group = SharedInputs(tuple(members))
         for member in members.values():
             member.shared_inputs = group  # type: ignore[union-attr, assignment]
-        module.register_forward_pre_hook(group.open)
-        module.register_forward_hook(group.close, always_call=True)
+        group.watch(module)
         found += tuple(members)
     return found
 
 
-def _remove_hooks(module: nn.Module) -> None:
-    """Take the hooks of earlier groups off a module."""
-    kinds = (
-        module._forward_pre_hooks,
-        module._forward_hooks,
-    )
-    for hooks in kinds:
+def _remove_hooks(module: nn.Module) -> list[tuple[str, ...]]:
+    """Take the hooks of earlier groups off a module; returns the names of those dissolved."""
+    dissolved = []
+    for hooks in (module._forward_pre_hooks, module._forward_hooks):
         for key, hook in list(hooks.items()):
-            if isinstance(getattr(hook, "__self__", None), SharedInputs):
+            group = getattr(hook, "__self__", None)
+            if isinstance(group, SharedInputs):
                 del hooks[key]
-                module._forward_hooks_always_called.pop(key, None)
+                if hooks is module._forward_hooks:
+                    module._forward_hooks_always_called.pop(key)
+                    dissolved += [group.names] * group.dissolved
+    return dissolved

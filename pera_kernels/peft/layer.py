@@ -14,7 +14,7 @@ from torch import nn
 from pera_kernels import functional
 from pera_kernels.adapters.export import AdapterView
 from pera_kernels.checks import FLOATING
-from pera_kernels.module import SharedInputs, is_plain_linear, unobserved
+from pera_kernels.module import Sharing, is_plain_linear, unobserved
 from pera_kernels.operands import Base, Factors, Options
 from pera_kernels.terms import Terms, coefficient_count
 
@@ -100,7 +100,7 @@ class PeraLayer(nn.Module, BaseTunerLayer):
         self.terms: dict[str, Terms] = {}
         self._disable_adapters = False
         self.merged_adapters: list[str] = []
-        self.shared_inputs: SharedInputs | None = None
+        self.shared_inputs: Sharing | None = None
         # W0 while adapters are merged, so that unmerging is exact.
         self._merged_base: torch.Tensor | None = None
 
@@ -134,9 +134,9 @@ class PeraLayer(nn.Module, BaseTunerLayer):
         self._move_adapter_to_device_of_base_layer(adapter_name)
         self.set_adapter(self.active_adapters)
 
-    def _factors(self, name: str) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    def _factors(self, name: str) -> Factors:
         h = self.pera_h[name] if name in self.pera_h else None
-        return self.pera_A[name], self.pera_B[name], h
+        return Factors(self.pera_A[name], self.pera_B[name], h)
 
     def pera_view(self, adapter: str | None = None) -> AdapterView | None:
         """One adapter as ``export_lora`` takes it; the active one if none is named."""
@@ -292,16 +292,14 @@ class PeraLayer(nn.Module, BaseTunerLayer):
         names = [name for name in self.active_adapters if name in self.pera_A]
         if self.disable_adapters or self.merged or len(names) != 1 or not unobserved(self):
             return None
-        base, adapter = self._plain_base(), Factors(*self._factors(names[0]))
-        if base is None or type(x) is not torch.Tensor or not _fits(adapter, x):
-            return None
-        if any(t is not None and type(t) is not nn.Parameter for t in adapter):
+        base, adapter = self._plain_base(), self._factors(names[0])
+        if base is None or not _fits(adapter, x):
             return None
         return base, adapter, self._options(names[0])
 
     def _add(self, name: str, x: torch.Tensor, base: Base) -> torch.Tensor:
         """The base's output, made or given, and the update of one adapter."""
-        adapter = Factors(*self._factors(name))
+        adapter = self._factors(name)
         if base.out is not None and base.out.dtype != x.dtype:
             x = x.to(base.out.dtype)
         if not _fits(adapter, x):
