@@ -109,13 +109,21 @@ def apply_together(
         backend = implementation(options.backend)
         ys, us = backend.forward(tokens(x), rows, adapters, None, options)
 
-    def finish(number: int) -> torch.Tensor:
-        base, adapter = pairs[number]
-        computed = ys[number], us[number]
-        y = PeraFunction.apply(x, *base, *adapter, None, options, computed)
-        return y.view(*x.shape[:-1], y.shape[1])
+    return [
+        partial(_finish, x, pair, options, computed)
+        for pair, computed in zip(pairs, zip(ys, us, strict=True), strict=True)
+    ]
 
-    return [partial(finish, number) for number in range(len(pairs))]
+
+def _finish(
+    x: torch.Tensor,
+    pair: tuple[Base, Factors],
+    options: Options,
+    computed: tuple[torch.Tensor, torch.Tensor],
+) -> torch.Tensor:
+    base, adapter = pair
+    y = PeraFunction.apply(x, *base, *adapter, None, options, computed)
+    return y.view(*x.shape[:-1], y.shape[1])
 
 
 def delta_weight(

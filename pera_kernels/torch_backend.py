@@ -52,7 +52,7 @@ def forward(
 
     They have one rank and one dropout mask. A composed plan is for one layer; its u is empty.
     """
-    ys, us = [], []
+    ys, us, keep_scale = [], [], 1.0 / (1.0 - options.dropout_p)
     dropped = None if options.plan == "composed" else _dropped(x, seed, options)
     for base, (A, B, h) in zip(bases, adapters, strict=True):
         if dropped is None:
@@ -62,9 +62,7 @@ def forward(
             us.append(x.new_empty(0))
             continue
         y = _output(x, base)
-        u = dropped @ expand(A, options.terms, x.dtype).t()
-        if options.dropout_p > 0.0:
-            u.mul_(1.0 / (1.0 - options.dropout_p))
+        u = scaled_product(dropped, expand(A, options.terms, x.dtype).t(), keep_scale)
         phi_B = expand(B.t(), options.terms, x.dtype, coefficients(h, A.shape[0], options.terms))
         _add_product(y, u, phi_B, options.scale)
         ys.append(y)
@@ -87,13 +85,9 @@ def backward(
     dx = dA = dB = dh = None
     if need_x and weight is not None:
         dx = dy @ (_composed(weight, adapter, options) if composed else weight)
-    # As autograd does to the reference: what is small is scaled before it is rounded again.
-    rows = dy if scale == 1.0 else dy * scale
     dropped = None if x is None else _dropped(x, seed, options)
     if (need_x and not composed) or need_A:
-        v = rows @ expand(B.t(), terms, dy.dtype).t()
-        if options.dropout_p > 0.0:
-            v.mul_(keep_scale)
+        v = scaled_product(dy, expand(B.t(), terms, dy.dtype).t(), scale * keep_scale)
     if need_x and not composed:
         phi_A = expand(A, terms, dy.dtype, c)
         if dx is not None and options.dropout_p == 0.0:
@@ -107,8 +101,8 @@ def backward(
     if need_B or need_h:
         if u is None:
             assert dropped is not None
-            u = (dropped @ expand(A, terms, dy.dtype).t()).mul_(keep_scale)
-        dB, dh = contract(u.t() @ rows, B.t(), terms, c, h if need_h else None)
+            u = scaled_product(dropped, expand(A, terms, dy.dtype).t(), keep_scale)
+        dB, dh = contract(scaled_product(u.t(), dy, scale), B.t(), terms, c, h if need_h else None)
         dB = dB.t().contiguous()
     return dx, dA, dB, dh
 
@@ -129,12 +123,12 @@ def delta_backward(
     need_A, need_B, need_h = needs
     dA = dB = dh = None
     c = coefficients(h, A.shape[0], terms)
-    scaled = G if options.scale == 1.0 else G * options.scale
     if need_A or need_h:
-        dphi_A = expand(B.t(), terms, G.dtype) @ scaled
+        dphi_A = scaled_product(expand(B.t(), terms, G.dtype), G, options.scale)
         dA, dh = contract(dphi_A, A, terms, c, h if need_h else None)
     if need_B:
-        dB, _ = contract(expand(A, terms, G.dtype) @ scaled.t(), B.t(), terms, c)
+        dphi_B = scaled_product(expand(A, terms, G.dtype), G.t(), options.scale)
+        dB, _ = contract(dphi_B, B.t(), terms, c)
         dB = dB.t().contiguous()
     return dA, dB, dh
 
@@ -210,6 +204,13 @@ def contract(
         df[d : d + n].addcmul_(block, rows[:n])
     df[:extra] += df[R:]
     return df[:R].to(factor.dtype), dh
+
+
+def scaled_product(a: torch.Tensor, b: torch.Tensor, scale: float) -> torch.Tensor:
+    """s a b, scaled before it is rounded: a small product would underflow in float16."""
+    if scale == 1.0:
+        return a @ b
+    return a.new_empty(a.shape[0], b.shape[1]).addmm_(a, b, beta=0.0, alpha=scale)
 
 
 def product(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:

@@ -215,7 +215,6 @@ def _compose(
     base: torch.Tensor | None, adapter: Factors, options: Options, dtype: torch.dtype
 ) -> torch.Tensor:
     """base + ΔW in ``dtype``."""
-
     (A, B, h), r, terms = adapter, adapter.A.shape[0], options.terms
     b, a = Factor(B.t(), _dense(h), r, terms), Factor(A, None, r, terms)
     phi_b, phi_a = _expand_all([b, a], dtype)
@@ -226,7 +225,6 @@ def _expand_all(
     factors: Sequence[Factor], dtype: torch.dtype, pending: Sum | None = None
 ) -> list[torch.Tensor]:
     """φ of every factor, two in a launch, the first with a pending sum."""
-
     phis: list[torch.Tensor] = []
     for start in range(0, len(factors), 2):
         phis += expand(factors[start : start + 2], pending, dtype=dtype)
