@@ -89,7 +89,7 @@ def apply(x: torch.Tensor, base: Base, adapter: Factors, options: Options) -> to
 def apply_together(
     x: torch.Tensor, bases: Sequence[Base], adapters: Sequence[Factors], options: Options
 ) -> list[Callable[[], torch.Tensor]] | None:
-    """:func:`apply`, without dropout, for dense layers of one rank on one x, which is read once.
+    """:func:`apply`, without dropout, for dense layers of one rank on one x: kernels read it once.
 
     What is returned for each layer gives its output when it is called, with an autograd node of its
     own: gradients flow as they do for layers apart. None where a layer alone would compose.

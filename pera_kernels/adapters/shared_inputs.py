@@ -223,10 +223,10 @@ def shared_inputs(
     """Say which adapted layers of ``model`` share their input, in place of what was said before.
 
     For every module of ``model``, adapted children with the names of one group are computed
-    together when the module calls them on the same tensor: x is read once in the forward. A call
-    with another tensor, changed parameters, dropout, hooks, sharded or quantized weights makes a
-    layer compute alone, as does ``torch.compile``. Outputs wait only inside one call of that
-    module's forward; a group dissolves for good where one of them is not asked for.
+    together when the module calls them on the same tensor: the kernels read x once in the forward.
+    A call with another tensor, changed parameters, dropout, hooks, sharded or quantized weights
+    makes a layer compute alone, as does ``torch.compile``. Outputs wait only inside one call of
+    that module's forward; a group dissolves for good where one of them is not asked for.
 
     Args:
         names: groups of names of children; the default is a table of widespread ones
