@@ -45,9 +45,8 @@ def check_rank(r: int, name: str = "r") -> None:
 
 def coefficient_count(r: int, terms: Terms = "full") -> int:
     """Length ``L`` of ``h``: the number of pairs that ``terms`` keeps at rank ``r``."""
-    check_rank(r)
-    check_terms(terms)
-    return {"full": r * (r + 1) // 2, "square": r, "cross": r * (r - 1) // 2, "linear": 0}[terms]
+    # An offset of half the rank meets every pair from both sides.
+    return sum(r // 2 if d > 0 and 2 * d == r else r for d in offsets(r, terms))
 
 
 def expanded_rank(r: int, terms: Terms = "full") -> int:
@@ -75,30 +74,22 @@ def padded(K: int) -> int:
     return (K + LANE_GROUP - 1) // LANE_GROUP * LANE_GROUP
 
 
-def pairs(r: int, terms: Terms = "full") -> list[tuple[int, int]]:
-    """The pairs ``(i, j)``, ``i <= j``, in the public order of ``h``."""
+def offsets(r: int, terms: Terms) -> range:
+    """The circular offsets that ``terms`` keeps: the rest of a kind of terms follows from it."""
     check_rank(r)
     check_terms(terms)
-    if terms == "linear":
-        return []
-    if terms == "square":
-        return [(i, i) for i in range(r)]
-    first = 0 if terms == "full" else 1
-    return [(i, j) for i in range(r) for j in range(i + first, r)]
+    return {
+        "full": range(r // 2 + 1),
+        "square": range(1),
+        "cross": range(1, r // 2 + 1),
+        "linear": range(0),
+    }[terms]
 
 
-def first_offset(terms: Terms) -> int:
-    """The first circular offset: cross terms leave out offset 0, the squares."""
-    return 1 if terms == "cross" else 0
-
-
-def offset_count(r: int, terms: Terms) -> int:
-    """How many circular offsets (blocks of at most ``r`` pairs) ``terms`` keeps."""
-    if terms == "linear":
-        return 0
-    if terms == "square":
-        return 1
-    return r // 2 + 1 - first_offset(terms)
+def pairs(r: int, terms: Terms = "full") -> list[tuple[int, int]]:
+    """The pairs ``(i, j)``, ``i <= j``, in the public order of ``h``."""
+    kept = offsets(r, terms)
+    return [(i, j) for i in range(r) for j in range(i, r) if min(j - i, r - j + i) in kept]
 
 
 def circular_order(r: int, terms: Terms, device: torch.device | str | None = None) -> torch.Tensor:
@@ -107,11 +98,10 @@ def circular_order(r: int, terms: Terms, device: torch.device | str | None = Non
     ``h[order]`` is in circular order, and ``dh[order] = dh_circular`` takes gradients back. Made by
     arithmetic at every call: an index that is kept would outlive the mode it was made under.
     """
-    lane = torch.arange(coefficient_count(r, terms), device=device)
-    if terms == "square":
+    kept, lane = offsets(r, terms), torch.arange(coefficient_count(r, terms), device=device)
+    if kept.stop <= 1:
         return lane
-    first = first_offset(terms)
-    i, j = lane % r, (lane + lane // r + first) % r
+    i, j = lane % r, (lane + lane // r + kept.start) % r
     low, high = torch.minimum(i, j), torch.maximum(i, j)
     # Row ``low`` of the triangle starts after the rows above it.
-    return low * (2 * r - 1 - 2 * first - low) // 2 + high - first
+    return low * (2 * r - 1 - 2 * kept.start - low) // 2 + high - kept.start

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 
 from .dropout import keep_mask
 from .operands import Base, Factors, Options, Saved
-from .terms import Terms, circular_order, expanded_rank, first_offset, offset_count
+from .terms import Terms, circular_order, expanded_rank, offsets
 
 __all__ = ["backward", "composes", "delta_backward", "delta_forward", "forward"]
 
@@ -148,17 +148,16 @@ def expand(
     if given; products are rounded once to ``dtype``.
     """
     R, C = factor.shape
-    offsets = offset_count(R, terms)
-    if offsets == 0:
+    kept = offsets(R, terms)
+    if not kept:
         return factor.to(dtype)
     # A single product of equal dtypes is rounded once by PyTorch itself.
     work = dtype if factor.dtype == dtype and c is None else _at_least_float32(factor.dtype)
     rows = factor.to(work)
     # The partner of row l at the circular offset d is row (l + d) mod R.
-    first = first_offset(terms)
-    wrapped = torch.cat([rows, rows[: first + offsets - 1]])
-    phi = torch.cat([rows, *(wrapped[d : d + R] for d in range(first, first + offsets))])
-    phi[R:].view(offsets, R, C).mul_(wrapped[:R])
+    wrapped = torch.cat([rows, rows[: kept.stop - 1]])
+    phi = torch.cat([rows, *(wrapped[d : d + R] for d in kept)])
+    phi[R:].view(len(kept), R, C).mul_(wrapped[:R])
     # The last offset of an even rank has half as many pairs.
     phi = phi[: expanded_rank(R, terms)]
     return (phi if c is None else phi.mul_(c.unsqueeze(1))).to(dtype)
@@ -178,9 +177,9 @@ def contract(
 
     Lane l of the circular offset d adds to the rows l and l + d. At least float32 inside.
     """
-    R, offsets = factor.shape[0], offset_count(factor.shape[0], terms)
+    R, kept = factor.shape[0], offsets(factor.shape[0], terms)
     work = _at_least_float32(dphi.dtype)
-    if offsets == 0:
+    if not kept:
         return dphi.to(factor.dtype), None if h is None else h.new_empty(0)
     # The transpose of B is strided: what follows reads it many times.
     rows, dphi = factor.to(work).contiguous(), dphi.to(work)
@@ -192,13 +191,12 @@ def contract(
         )
     if c is not None:
         dphi = dphi * c.unsqueeze(1)
-    first = first_offset(terms)
-    extra = first + offsets - 1
+    extra = kept.stop - 1
     rows = torch.cat([rows, rows[:extra]])
     df = torch.zeros_like(rows)
     df[:R] = dphi[:R]
-    for d in range(first, extra + 1):
-        block = dphi[R + (d - first) * R :][:R]
+    for number, d in enumerate(kept):
+        block = dphi[R + number * R :][:R]
         n = block.shape[0]
         df[:n].addcmul_(block, rows[d : d + n])
         df[d : d + n].addcmul_(block, rows[:n])

@@ -60,7 +60,7 @@ _TABLE: dict[str, tuple[tuple[str, str, str, tuple[str, ...]], ...]] = {
         ("the lanes that pad K hold pairs a second time", "live = lane < K", "live = lane < LANES",
          CROSS),
         ("h is read and written by columns of the triangle",
-         "index = low * (2 * R - low + 1) // 2 + high - low",
+         "index = low * (2 * R - 1 - 2 * FIRST - low) // 2 + high - FIRST",
          "index = high * (high + 1) // 2 + low", FACTORED),
         ("products of factors are formed in their own dtype",
          "phi = phi.to(tl.float32) * partner.to(tl.float32)", "phi = phi * partner", HALF),
@@ -97,7 +97,7 @@ _TABLE: dict[str, tuple[tuple[str, str, str, tuple[str, ...]], ...]] = {
          "df = select_rows(offs_r, j, is_pair, acc * f_i, df)",
          "df = select_rows(offs_r, j, is_pair & (i != j), acc * f_i, df)", FACTORED),
         ("gradients of factors are those of h = 1",
-         "acc *= load_coefficients(h_ptr, i, j, is_pair, R, K, TERMS)[:, None]", "acc *= 1.0",
+         "acc *= load_coefficients(h_ptr, i, j, is_pair, R, K, FIRST)[:, None]", "acc *= 1.0",
          FACTORED),
         ("partial sums of dh overwrite each other",
          "row = split_t * tl.num_programs(0) + block_n", "row = block_n", MANY_TOKENS),
@@ -131,7 +131,7 @@ _TABLE: dict[str, tuple[tuple[str, str, str, tuple[str, ...]], ...]] = {
     ),
     "terms.py": (
         ("lanes stand in another order than their coefficients",
-         "(lane + lane // r + first) % r", "(lane + lane // r + first + 1) % r",
+         "(lane + lane // r + kept.start) % r", "(lane + lane // r + kept.start + 1) % r",
          ("tests/test_terms.py", "tests/test_torch_backend.py")),
     ),
     "autograd.py": (

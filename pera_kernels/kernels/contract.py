@@ -42,7 +42,7 @@ def contract_kernel(
     R: tl.constexpr,
     K: tl.constexpr,
     LANES: tl.constexpr,
-    TERMS: tl.constexpr,
+    FIRST: tl.constexpr,
     HAS_H: tl.constexpr,
     HAS_DF: tl.constexpr,
     HAS_DH: tl.constexpr,
@@ -107,11 +107,11 @@ def contract_kernel(
     at_n = offs_n[None, :] * stride_f_n
     for piece in tl.static_range(PIECES):
         offs_k = first_lane + piece * BLOCK_K + tl.arange(0, BLOCK_K)
-        i, j, is_pair, live = pair_lanes(offs_k, R, K, LANES, 1, TERMS)
+        i, j, is_pair, live = pair_lanes(offs_k, R, K, LANES, 1, FIRST)
         live = live & (offs_k < lanes)
         is_pair = is_pair & live
         acc = accs[piece] * scale
-        if TERMS == "linear":
+        if K == R:
             df = select_rows(offs_r, i, live, acc, df)
         else:
             mask_kn = live[:, None] & mask_n[None, :]
@@ -124,11 +124,11 @@ def contract_kernel(
             if HAS_DH:
                 dh = tl.sum(acc * f_i * f_j, axis=1)
                 row = split_t * tl.num_programs(0) + block_n
-                index = coefficient_index(i, j, R, K, TERMS)
+                index = coefficient_index(i, j, R, K, FIRST)
                 tl.store(dh_ptr + row.to(tl.int64) * coefficients + index, dh, mask=is_pair)
             if HAS_DF:
                 if HAS_H:
-                    acc *= load_coefficients(h_ptr, i, j, is_pair, R, K, TERMS)[:, None]
+                    acc *= load_coefficients(h_ptr, i, j, is_pair, R, K, FIRST)[:, None]
                 df = select_rows(offs_r, i, live, acc * f_j, df)
                 df = select_rows(offs_r, j, is_pair, acc * f_i, df)
 

@@ -8,7 +8,7 @@ import torch
 import triton
 import triton.language as tl
 
-from ..terms import expanded_rank, lane_count
+from ..terms import expanded_rank, lane_count, offsets
 from . import tiles
 from .launch import Factor, addressable, blocks, launch
 from .pair_tiles import load_coefficients, load_phi, pair_lanes
@@ -32,7 +32,7 @@ def _expand_tile(
     K: tl.constexpr,
     LANES: tl.constexpr,
     MEMBERS: tl.constexpr,
-    TERMS: tl.constexpr,
+    FIRST: tl.constexpr,
     HAS_H: tl.constexpr,
     BLOCK_K: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -40,7 +40,7 @@ def _expand_tile(
     tiles_n = tl.cdiv(N, BLOCK_N)
     offs_k = block // tiles_n * BLOCK_K + tl.arange(0, BLOCK_K)
     offs_n = block % tiles_n * BLOCK_N + tl.arange(0, BLOCK_N)
-    i, j, is_pair, live = pair_lanes(offs_k, R, K, LANES, MEMBERS, TERMS)
+    i, j, is_pair, live = pair_lanes(offs_k, R, K, LANES, MEMBERS, FIRST)
     inside = offs_k < lanes
     live = live & inside
     mask_n = offs_n < N
@@ -53,10 +53,10 @@ def _expand_tile(
         stride_f_r,
         stride_f_n,
         live[:, None] & mask_n[None, :],
-        TERMS,
+        K > R,
     ).to(tl.float32)
     if HAS_H:
-        phi *= load_coefficients(h_ptr, i, j, is_pair & live, R, K, TERMS)[:, None]
+        phi *= load_coefficients(h_ptr, i, j, is_pair & live, R, K, FIRST)[:, None]
     tl.store(
         phi_ptr + (offs_k.to(tl.int64)[:, None] * N + offs_n[None, :]),
         round_to(phi, phi_ptr.dtype.element_ty),
@@ -91,7 +91,7 @@ def expand_kernel(
     LANES: tl.constexpr,
     MEMBERS_0: tl.constexpr,
     MEMBERS_1: tl.constexpr,
-    TERMS: tl.constexpr,
+    FIRST: tl.constexpr,
     HAS_H_0: tl.constexpr,
     HAS_H_1: tl.constexpr,
     JOBS: tl.constexpr,
@@ -124,7 +124,7 @@ def expand_kernel(
                 K,
                 LANES,
                 MEMBERS_0,
-                TERMS,
+                FIRST,
                 HAS_H_0,
                 BLOCK_K,
                 BLOCK_N,
@@ -145,7 +145,7 @@ def expand_kernel(
                     K,
                     LANES,
                     MEMBERS_1,
-                    TERMS,
+                    FIRST,
                     HAS_H_1,
                     BLOCK_K,
                     BLOCK_N,
@@ -208,7 +208,7 @@ def expand(
         R=first.r,
         K=expanded_rank(first.r, first.terms),
         LANES=lane_count(first.r, first.terms),
-        TERMS=first.terms,
+        FIRST=offsets(first.r, first.terms).start,
         JOBS=len(factors),
         HAS_SUM=pending is not None,
         BLOCK_K=tile.block_k,

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import torch
 
 from ..dropout import drop_threshold
-from ..terms import Terms, expanded_rank, lane_count
+from ..terms import Terms, expanded_rank, lane_count, offsets
 
 __all__ = ["Dropout", "Factor", "Launch", "in_memory", "launch", "on_device", "recorded"]
 
@@ -96,7 +96,7 @@ class Factor:
             "R": self.r,
             "K": expanded_rank(self.r, self.terms),
             "LANES": lane_count(self.r, self.terms),
-            "TERMS": self.terms,
+            "FIRST": offsets(self.r, self.terms).start,
         }
 
 

@@ -16,12 +16,13 @@ def pair_lanes(
     K: tl.constexpr,
     LANES: tl.constexpr,
     MEMBERS: tl.constexpr,
-    TERMS: tl.constexpr,
+    FIRST: tl.constexpr,
 ):
     """Lane k -> (i, j, is_pair, live): φ[k] = f_i, or f_i ∘ f_j where is_pair, or 0 unless live.
 
     A stack of MEMBERS factors of R rows each has LANES lanes for each, the last of them unused:
-    K of them are live. i and j are rows of the stack.
+    K of them are live. i and j are rows of the stack. Blocks of pairs start with the circular
+    offset FIRST; there are none if K is R.
     """
     if MEMBERS == 1:
         lane = offs_k
@@ -30,7 +31,7 @@ def pair_lanes(
         lane = offs_k % LANES
         row = offs_k // LANES * R
     live = lane < K
-    if TERMS == "linear":
+    if K == R:
         i = row + lane
         j = i
         is_pair = lane < 0
@@ -38,46 +39,42 @@ def pair_lanes(
         block = lane // R
         i = lane % R
         is_pair = (block > 0) & live
-        if TERMS == "cross":
-            j = (i + block) % R
-        else:
-            j = (i + tl.maximum(block - 1, 0)) % R
+        j = (i + FIRST + tl.maximum(block - 1, 0)) % R
         i += row
         j += row
     return i, j, is_pair, live
 
 
 @triton.jit
-def coefficient_index(i, j, R: tl.constexpr, K: tl.constexpr, TERMS: tl.constexpr):
+def coefficient_index(i, j, R: tl.constexpr, K: tl.constexpr, FIRST: tl.constexpr):
     """Where the coefficient of the pair {i, j} stands in a stack of h, each in the public order
     (row-major upper triangular).
     """
     member = i // R
     low = tl.minimum(i, j) - member * R
     high = tl.maximum(i, j) - member * R
-    if TERMS == "square":
+    if FIRST == 0 and K == 2 * R:
+        # Squares only.
         index = low
-    elif TERMS == "cross":
-        index = low * (2 * R - low - 1) // 2 + high - low - 1
     else:
-        index = low * (2 * R - low + 1) // 2 + high - low
+        index = low * (2 * R - 1 - 2 * FIRST - low) // 2 + high - FIRST
     return member * (K - R) + index
 
 
 @triton.jit
-def load_coefficients(h_ptr, i, j, is_pair, R: tl.constexpr, K: tl.constexpr, TERMS: tl.constexpr):
+def load_coefficients(h_ptr, i, j, is_pair, R: tl.constexpr, K: tl.constexpr, FIRST: tl.constexpr):
     """c in float32: one on linear lanes, h on pair lanes."""
-    index = coefficient_index(i, j, R, K, TERMS)
+    index = coefficient_index(i, j, R, K, FIRST)
     return tl.load(h_ptr + index, mask=is_pair, other=1.0).to(tl.float32)
 
 
 @triton.jit
-def load_phi(f_ptr, i, j, is_pair, offs, stride_f_r, stride_f_n, mask, TERMS: tl.constexpr):
+def load_phi(f_ptr, i, j, is_pair, offs, stride_f_r, stride_f_n, mask, HAS_PAIRS: tl.constexpr):
     """A tile of φ(f), zero outside the mask; the shapes of i and offs broadcast. Products are
     float32, single rows come as they are.
     """
     phi = tl.load(f_ptr + (i * stride_f_r + offs * stride_f_n), mask=mask, other=0.0)
-    if TERMS != "linear":
+    if HAS_PAIRS:
         partner = tl.load(
             f_ptr + (j * stride_f_r + offs * stride_f_n), mask=mask & is_pair, other=1.0
         )

@@ -35,7 +35,7 @@ def project_kernel(
     K: tl.constexpr,
     LANES: tl.constexpr,
     MEMBERS: tl.constexpr,
-    TERMS: tl.constexpr,
+    FIRST: tl.constexpr,
     HAS_DROPOUT: tl.constexpr,
     PRECISION: tl.constexpr,
     PIECES: tl.constexpr,
@@ -76,7 +76,7 @@ def project_kernel(
         sums = ()
         for piece in tl.static_range(PIECES):
             offs_k = first_lane + piece * BLOCK_K + tl.arange(0, BLOCK_K)
-            i, j, is_pair, live = pair_lanes(offs_k, R, K, LANES, MEMBERS, TERMS)
+            i, j, is_pair, live = pair_lanes(offs_k, R, K, LANES, MEMBERS, FIRST)
             live = live & (offs_k < lanes)
             phi = load_phi(
                 f_ptr,
@@ -87,7 +87,7 @@ def project_kernel(
                 stride_f_r,
                 stride_f_n,
                 mask_n[:, None] & live[None, :],
-                TERMS,
+                K > R,
             )
             sums = sums + (dot(x, round_to(phi, x.dtype), accs[piece], PRECISION),)
         accs = sums
