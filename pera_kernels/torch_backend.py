@@ -21,7 +21,7 @@ __all__ = ["backward", "composes", "delta_backward", "delta_forward", "forward"]
 # A library sums a product of so few rows or columns lane by lane, one that is larger in blocks.
 FEW_ROWS = 24
 # So it is given so many lanes at a time.
-BLOCK_LANES = 80
+BLOCK_LANES = 16
 
 # Composing W0 + ΔW takes 2 M N K operations where a factored pass takes 2 T (N + M) K; a training
 # step does two compositions and saves one pass of three, so by operations it pays from a ratio of 2

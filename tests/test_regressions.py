@@ -83,3 +83,10 @@ def test_no_coefficients_in_a_strided_tensor():
         for _ in range(4):
             y = pk.pera_linear(x, weight, A, B, h, terms="cross", backend="torch")
             assert torch.equal(y, expected)
+
+
+@pytest.mark.parametrize("r, M", [(13, 1), (13, 3), (9, 64)])
+def test_a_hundred_lanes_of_one_token(r, M):
+    """A library sums them one after the other, with up to twice the error of a dot product."""
+    verdict = verdicts(Case(r=r, T=1, N=4, M=M, scale=-1.0), draws=200)["y"]
+    assert verdict.passed and verdict.rms_error <= 1.5 * verdict.reference_rms, str(verdict)
