@@ -187,6 +187,10 @@ def passes(tests: tuple[str, ...], mutant: Mutant | None) -> bool:
 
 def main(words: list[str]) -> int:
     chosen = [own for own in MUTANTS if all(word in own.breaks for word in words)]
+    if not chosen:
+        names = "\n".join(own.breaks for own in MUTANTS)
+        print(f"no mutant's name has {' and '.join(words)}; they are:\n{names}", file=sys.stderr)
+        return 2
     tests = tuple(dict.fromkeys(test for own in chosen for test in own.tests))
     if not passes(tests, None):
         print("the tests do not pass without a mutant", file=sys.stderr)
