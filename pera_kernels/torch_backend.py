@@ -230,8 +230,9 @@ def _add_product(out: torch.Tensor, a: torch.Tensor, b: torch.Tensor, scale: flo
     """out + s a b, in place. float16 rounds the product, then s times it, as the reference does."""
     if out.dtype == torch.float16:
         return out.add_((a @ b).mul_(scale))
-    # Not onto what may be far larger: every lane would be rounded at its size.
-    if _summed_lane_by_lane(out.shape, out.dtype):
+    # Not onto what may be far larger: every lane would be rounded at its size, as some libraries do
+    # in float64 whatever the shape.
+    if out.dtype == torch.float64 or _summed_lane_by_lane(out.shape, out.dtype):
         return out.add_(product(a, b), alpha=scale)
     return out.addmm_(a, b, alpha=scale)
 

@@ -90,3 +90,16 @@ def test_a_hundred_lanes_of_one_token(r, M):
     """A library sums them one after the other, with up to twice the error of a dot product."""
     verdict = verdicts(Case(r=r, T=1, N=4, M=M, scale=-1.0), draws=200)["y"]
     assert verdict.passed and verdict.rms_error <= 1.5 * verdict.reference_rms, str(verdict)
+
+
+@pytest.mark.parametrize("T, M", [(27, 37), (200, 64)])
+def test_float64_is_not_summed_onto_its_base_lane_by_lane(T, M):
+    """A small update of many lanes is as exact as the product by itself."""
+    p = numerics.make_inputs(Case(r=20, T=T, N=12, M=M, dtype=torch.float64))
+    p.B.mul_(0.01)
+    tensors = (p.x, p.weight, p.A, p.B, p.h, p.bias)
+    y = pk.pera_linear(*tensors, backend="torch", plan="factored")
+    base = torch.nn.functional.linear(p.x, p.weight, p.bias)
+    update = pk.reference.update(p.x, p.A, p.B, p.h)
+    ulp = torch.finfo(torch.float64).eps * base.abs().max()
+    assert (y - (base + update)).abs().max() <= 1.5 * ulp
