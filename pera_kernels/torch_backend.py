@@ -1,8 +1,8 @@
 """The ``torch`` backend: the formulas of the paper and of their gradients in plain operators.
 
 On any device and in any floating dtype, without (R, R, ·) temporaries. The functions have the
-signatures of those in ``pera_kernels.kernels.ops``, and round where the kernels and the reference
-do: coefficients meet φ(B) (φ(A) in dx) in at least float32, before the one rounding.
+signatures of those in ``pera_kernels.kernels.ops``. As in the kernels and in the reference,
+coefficients multiply φ(B) (φ(A) in dx) in at least float32, before the one rounding.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ def forward(
 ) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
     """y ``(T, M)`` and u ``(T, K)`` of each of the layers that share x.
 
-    They have one rank and one dropout mask. A composed plan is for one layer; its u is empty.
+    They have one rank. Dropout and a composed plan, whose u is empty, are for one layer alone.
     """
     ys, us, keep_scale = [], [], 1.0 / (1.0 - options.dropout_p)
     dropped = None if options.plan == "composed" else _dropped(x, seed, options)
@@ -230,8 +230,8 @@ def _add_product(out: torch.Tensor, a: torch.Tensor, b: torch.Tensor, scale: flo
     """out + s a b, in place. float16 rounds the product, then s times it, as the reference does."""
     if out.dtype == torch.float16:
         return out.add_((a @ b).mul_(scale))
-    # Not onto what may be far larger: every lane would be rounded at its size, as some libraries do
-    # in float64 whatever the shape.
+    # An update onto a far larger base would be rounded at the base's size once for every lane where
+    # the library sums in place: at few rows, and in float64 at any shape on some processors.
     if out.dtype == torch.float64 or _summed_lane_by_lane(out.shape, out.dtype):
         return out.add_(product(a, b), alpha=scale)
     return out.addmm_(a, b, alpha=scale)

@@ -44,7 +44,7 @@ def forward(
 ) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
     """y ``(T, M)`` and u ``(T, lanes)`` of each of the layers that share x.
 
-    They have one rank and one dropout mask. A composed plan is for one layer; its u is empty.
+    They have one rank. Dropout and a composed plan, whose u is empty, are for one layer alone.
     """
     if len(bases) == 1 and _traced(x, *bases[0], *adapters[0]):
         (base,), (adapter,), o = bases, adapters, options
