@@ -15,6 +15,7 @@ if not HAS_GPU:
 
 import pytest  # noqa: E402
 
+from pera_kernels import functional  # noqa: E402
 from pera_kernels.backends import unavailable  # noqa: E402
 
 
@@ -53,3 +54,17 @@ def poison():
 @pytest.fixture(autouse=True)
 def seeded():
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def together(monkeypatch):
+    """How many layers each joint evaluation of layers with a shared input computed."""
+    sizes = []
+    original = functional.apply_together
+
+    def counted(x, bases, adapters, options):
+        sizes.append(len(bases))
+        return original(x, bases, adapters, options)
+
+    monkeypatch.setattr(functional, "apply_together", counted)
+    return sizes

@@ -648,22 +648,6 @@ def test_parameters_are_no_targets():
         config(target_parameters=["experts.gate_up_proj"])
 
 
-@pytest.fixture
-def together(monkeypatch):
-    """How many layers each joint evaluation computed."""
-    from pera_kernels import functional
-
-    sizes = []
-    original = functional.apply_together
-
-    def counted(x, bases, adapters, options):
-        sizes.append(len(bases))
-        return original(x, bases, adapters, options)
-
-    monkeypatch.setattr(functional, "apply_together", counted)
-    return sizes
-
-
 def test_projections_share_their_input(together):
     """In the forward of every layer q, k and v read x once, gate and up likewise."""
     targets = ["q_proj", "k_proj", "v_proj", "gate_proj", "up_proj"]

@@ -13,7 +13,6 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.hooks import RemovableHandle
 
 import pera_kernels as pk
-from pera_kernels import functional
 from pera_kernels.testing import judge
 
 QKV = ("q_proj", "k_proj", "v_proj")
@@ -73,20 +72,6 @@ def results(model, x):
 def pooled(model, xs):
     draws = [results(model, x) for x in xs]
     return {name: torch.stack([draw[name] for draw in draws]) for name in draws[0]}
-
-
-@pytest.fixture
-def together(monkeypatch):
-    """How many layers each joint evaluation computed."""
-    sizes = []
-    original = functional.apply_together
-
-    def counted(x, bases, adapters, options):
-        sizes.append(len(bases))
-        return original(x, bases, adapters, options)
-
-    monkeypatch.setattr(functional, "apply_together", counted)
-    return sizes
 
 
 @pytest.mark.parametrize(
