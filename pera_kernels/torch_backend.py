@@ -23,11 +23,12 @@ FEW_ROWS = 24
 # So it is given so many lanes at a time.
 BLOCK_LANES = 16
 
-# Composing W0 + ΔW takes 2 M N K operations where a factored pass takes 2 T (N + M) K; a training
-# step does two compositions and saves one pass of three, so by operations it pays from a ratio of 2
-# on. Measured on 2 CPU cores in float32 (M = N = 1024 and 2048, r = 8 to 32): even there, up to a
-# third faster beyond. With a smaller expanded rank both take the same time within noise.
-COMPOSED_RATIO = 3.0
+# Composing W0 + ΔW takes 2 M N K operations where a factored pass takes 2 T (N + M) K. A training
+# step does two compositions and saves one pass of three, so by operations it pays from
+# T (N + M) = 2 M N on; an evaluation pays earlier. Measured in float32 at 1024² (``torch`` beside
+# ``torch-composed`` in benchmarks/results/cpu.jsonl): a step is even there and gains beyond. With a
+# smaller expanded rank little is gained.
+COMPOSED_RATIO = 2.0
 COMPOSED_LANES = 64
 
 
