@@ -86,7 +86,7 @@ def test_auto_composes_for_many_tokens(terms, r, dtype, composed_calls, device):
         {"dtype": torch.bfloat16},
         {"dtype": torch.float16},
         {"dropout_p": 0.1},
-        {"T": 50},
+        {"T": 80},
         {"plan": "factored"},
         {"terms": "linear"},
     ],
