@@ -25,9 +25,9 @@ BLOCK_LANES = 16
 
 # Composing W0 + ΔW takes 2 M N K operations where a factored pass takes 2 T (N + M) K. A training
 # step does two compositions and saves one pass of three, so by operations it pays from
-# T (N + M) = 2 M N on; an evaluation pays earlier. Measured in float32 at 1024² and 2048², by
-# ``torch`` beside ``torch-composed`` in benchmarks/results/cpu.jsonl: a step is even or a little
-# slower at 2 and not slower from 3 on. With a smaller expanded rank little is gained.
+# T (N + M) = 2 M N on; an evaluation pays earlier. Measured in float32 at 1024² and 2048²
+# (benchmarks/results/composed-cpu.jsonl): a step is even or a little slower at 2 and not slower
+# from 3 on. With a smaller expanded rank little is gained.
 COMPOSED_RATIO = 3.0
 COMPOSED_LANES = 64
 
