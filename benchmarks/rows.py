@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import json
-import os
 import platform
 import re
-import subprocess
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from pera_kernels.cli import describe
 from pera_kernels.kernels import interpreting
 from pera_kernels.testing import Case
 
@@ -58,8 +56,8 @@ def environment(device: torch.device) -> Row:
         "status": "dry run" if interpreting() else "timed",
         "device": _device_name(device),
         "torch": torch.__version__,
-        "triton": _version("triton"),
-        "commit": _commit(),
+        "triton": describe.version("triton"),
+        "commit": describe.commit(),
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
     }
 
@@ -73,31 +71,6 @@ def _device_name(device: torch.device) -> str:
     name = found[1].strip() if found else platform.processor() or platform.machine()
     threads = torch.get_num_threads()
     return f"{name}, {threads} thread{'s' * (threads > 1)}"
-
-
-def _version(package: str) -> str | None:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None
-
-
-def _commit() -> str | None:
-    """The checkout's commit, with "+" where the package differs from it.
-
-    A copy of the tree without .git is told by the environment variable PERA_COMMIT.
-    """
-    if given := os.environ.get("PERA_COMMIT"):
-        return given
-    if not (ROOT / ".git").exists():
-        return None
-
-    def git(*words: str) -> str:
-        done = subprocess.run(["git", *words], cwd=ROOT, capture_output=True, text=True, check=True)
-        return done.stdout.strip()
-
-    changed = git("status", "--porcelain", "pera_kernels")
-    return git("rev-parse", "--short=12", "HEAD") + "+" * bool(changed)
 
 
 def default_file(device: torch.device, prefix: str = "") -> Path:

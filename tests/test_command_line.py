@@ -9,6 +9,7 @@ import torch
 
 import pera_kernels as pk
 from pera_kernels.__main__ import main
+from pera_kernels.cli import describe
 from tests.adapted import plain_model, trained
 
 pytest.importorskip("safetensors")
@@ -148,3 +149,13 @@ def test_verify_in_its_own_process():
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert "delta_weight" in done.stdout
+
+
+def test_the_commit_of_a_checkout_and_of_a_copy(tmp_path, monkeypatch):
+    monkeypatch.delenv("PERA_COMMIT", raising=False)
+    monkeypatch.setattr(describe, "ROOT", tmp_path)
+    assert describe.commit() is None
+    (tmp_path / ".git").write_text("no repository")
+    assert describe.commit() is None
+    monkeypatch.setenv("PERA_COMMIT", "0123456789ab")
+    assert describe.installation()["commit"] == "0123456789ab"

@@ -31,13 +31,13 @@ from typing import Any
 
 import torch
 
+from pera_kernels.cli import describe
 from pera_kernels.kernels import tiles
 from pera_kernels.kernels.tiles import Tile
 from pera_kernels.testing import judge
 
 from . import compile_report
 from .compile_report import RANKS, SHARED_LIMIT
-from .finetune.measure import git_commit
 from .problems import DTYPES, Job, Operands, expected, random_on
 
 # The dtypes of the compile report that a class of tiles serves; candidates are timed on the first.
@@ -130,7 +130,7 @@ class Sweep:
 
         name = torch.cuda.get_device_name(device) if device.type == "cuda" else "interpreter"
         self.stamp = {"device": name, "torch": torch.__version__, "triton": triton.__version__}
-        self.stamp |= {"commit": git_commit(), "date": datetime.date.today().isoformat()}
+        self.stamp |= {"commit": describe.commit(), "date": datetime.date.today().isoformat()}
 
     def append(self, kernel: str, kind: str, tile: Tile, what: str, **found: Any) -> None:
         row = {"what": what, "kernel": kernel, "class": kind, "tile": asdict(tile), **found}

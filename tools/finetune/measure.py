@@ -1,13 +1,9 @@
 """What is measured on a model and recorded about the computer."""
 
-import importlib.metadata
 import math
-import os
 import platform
-import subprocess
 import sys
 import time
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import pera_kernels as pk
+from pera_kernels.cli import describe
 
 EVALUATION_BATCH = 32
 
@@ -82,34 +79,7 @@ def environment(device: torch.device) -> dict[str, Any]:
         "cpu_threads": torch.get_num_threads(),
         "python": platform.python_version(),
         "torch": torch.__version__,
-        "triton": triton_version(),
+        "triton": describe.version("triton"),
         "pera_kernels": pk.__version__,
-        "commit": git_commit(),
+        "commit": describe.commit(),
     }
-
-
-def triton_version() -> str | None:
-    """The installed Triton's version, None where there is none."""
-    try:
-        return importlib.metadata.version("triton")
-    except importlib.metadata.PackageNotFoundError:
-        return None
-
-
-def git_commit() -> str | None:
-    """This checkout's commit, marked "-dirty" after changes; None outside a checkout.
-
-    A copy of the tree without .git is told by the environment variable PERA_COMMIT.
-    """
-    if given := os.environ.get("PERA_COMMIT"):
-        return given
-    try:
-        answer = subprocess.run(
-            ["git", "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"],
-            cwd=Path(__file__).parent,
-            capture_output=True,
-            text=True,
-        )
-    except OSError:
-        return None
-    return answer.stdout.strip() or None
