@@ -4,6 +4,7 @@ formulas.
 
 from __future__ import annotations
 
+import contextlib
 from typing import Any
 
 import torch
@@ -12,7 +13,31 @@ from torch.autograd.function import once_differentiable
 from .backends import implementation
 from .operands import Base, Factors, Saved, tokens
 
-__all__ = ["DeltaWeight", "PeraFunction"]
+__all__ = ["DeltaWeight", "PeraFunction", "autocast_dtype", "without_autocast"]
+
+
+def autocast_dtype(device_type: str) -> torch.dtype | None:
+    """What autocast casts to on such devices; None where it is off ("meta" has none)."""
+    if device_type == "meta" or not torch.is_autocast_enabled(device_type):
+        return None
+    return torch.get_autocast_dtype(device_type)
+
+
+def without_autocast(device_type: str) -> contextlib.AbstractContextManager[object]:
+    """Inside, operations keep the dtypes they are given."""
+    # Entering torch.autocast costs several microseconds: not where there is nothing to turn off.
+    if autocast_dtype(device_type) is not None:
+        return torch.autocast(device_type, enabled=False)
+    return contextlib.nullcontext()
+
+
+def _once(gradient: torch.Tensor) -> torch.Tensor:
+    """So that ``once_differentiable`` refuses every second derivative: by itself it lets through
+    one whose incoming gradient is constant, and what depends on A, B and h would be left out.
+    """
+    if torch.is_grad_enabled() and not gradient.requires_grad:
+        return gradient.detach().requires_grad_()
+    return gradient
 
 
 def _cast(weight: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor | None:
@@ -59,8 +84,12 @@ class PeraFunction(torch.autograd.Function):
         return y
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, dy):
+        return PeraFunction.gradients(ctx, _once(dy))
+
+    @staticmethod
+    @once_differentiable
+    def gradients(ctx, dy):
         x, u, weight, A, B, h, seed = ctx.saved_tensors
         needs = (ctx.needs_input_grad[0], *ctx.needs_input_grad[4:7])
         gradients: Any = (None,) * 4
@@ -68,7 +97,8 @@ class PeraFunction(torch.autograd.Function):
             rows = None if x is None else tokens(x)
             saved = Saved(rows, u, _cast(weight, dy.dtype), Factors(A, B, h), seed)
             backend = implementation(ctx.options.backend)
-            gradients = backend.backward(dy, saved, ctx.options, needs)
+            with without_autocast(dy.device.type):
+                gradients = backend.backward(dy, saved, ctx.options, needs)
         dx, dA, dB, dh = _wanted(gradients, needs)
         dx = None if dx is None else dx.view(ctx.shape)
         dout = dy.view(*ctx.shape[:-1], dy.shape[1]) if ctx.needs_input_grad[3] else None
@@ -85,9 +115,14 @@ class DeltaWeight(torch.autograd.Function):
         return implementation(options.backend).delta_forward(Factors(A, B, h), options)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, G):
+        return DeltaWeight.gradients(ctx, _once(G))
+
+    @staticmethod
+    @once_differentiable
+    def gradients(ctx, G):
         needs = ctx.needs_input_grad[:3]
-        backend = implementation(ctx.options.backend)
-        gradients = backend.delta_backward(G, Factors(*ctx.saved_tensors), ctx.options, needs)
+        backend, adapter = implementation(ctx.options.backend), Factors(*ctx.saved_tensors)
+        with without_autocast(G.device.type):
+            gradients = backend.delta_backward(G, adapter, ctx.options, needs)
         return (*_wanted(gradients, needs), None)

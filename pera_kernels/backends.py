@@ -58,6 +58,9 @@ def resolve(backend: str, device: torch.device, dtypes: tuple[torch.dtype, ...])
         ValueError: an unknown name, or a named backend that cannot run, with the reason.
     """
     check_backend(backend)
+    if device.type == "meta" and backend == "triton":
+        # There are shapes and no values to compute.
+        return "torch"
     if backend == "auto":
         on_gpu = device.type == "cuda"
         return "triton" if on_gpu and unavailable("triton", device, dtypes) is None else "torch"

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Callable, Sequence
 from functools import partial
 
 import torch
+from torch.autograd import forward_ad
 
 from . import checks, reference, torch_backend
-from .autograd import DeltaWeight, PeraFunction, rows_of
+from .autograd import DeltaWeight, PeraFunction, autocast_dtype, rows_of, without_autocast
 from .backends import implementation, resolve
 from .dropout import draw_seed
 from .operands import Base, Factors, Options, tokens
@@ -74,13 +74,9 @@ def apply(x: torch.Tensor, base: Base, adapter: Factors, options: Options) -> to
     x, base = _as_autocast_says(x, base)
     options = _chosen(options, x, base, adapter)
     seed = draw_seed(x.device) if options.dropout_p > 0.0 else None
-    with _without_autocast(x.device.type):
+    with without_autocast(x.device.type):
         if options.backend == "reference":
             y = _reference(tokens(x), rows_of(base, x.dtype), adapter, seed, options)
-        elif options.backend == "torch" and not _tracked(x, base.out, *adapter):
-            # Plain operators, so that forward-mode derivatives and vmap go through them.
-            rows = rows_of(base, x.dtype)
-            (y,), _ = torch_backend.forward(tokens(x), [rows], [adapter], seed, options)
         else:
             y = PeraFunction.apply(x, *base, *adapter, seed, options)
     return y.view(*x.shape[:-1], y.shape[1])
@@ -104,7 +100,7 @@ def apply_together(
     if any(own.plan == "composed" for own in chosen):
         return None
     (options,) = chosen
-    with torch.no_grad(), _without_autocast(x.device.type):
+    with torch.no_grad(), without_autocast(x.device.type):
         rows = [rows_of(base, x.dtype) for base in bases]
         backend = implementation(options.backend)
         ys, us = backend.forward(tokens(x), rows, adapters, None, options)
@@ -143,11 +139,12 @@ def delta_weight(
     checks.check_adapter(A, B, h, terms)
     checks.check_scale(scale)
     dtypes = (A.dtype,) if h is None else (A.dtype, h.dtype)
-    name = resolve(backend, A.device, dtypes)
-    with _without_autocast(A.device.type):
+    name = _resolved(backend, A.device, dtypes)
+    with without_autocast(A.device.type):
         if name == "reference":
             return reference.delta_weight(A, B, h, scale=scale, terms=terms)
-        return DeltaWeight.apply(A, B, h, Options(terms, float(scale), backend=name))
+        options = Options(terms, float(scale), backend=name)
+        return DeltaWeight.apply(A, B, h, options)
 
 
 def expand_factors(
@@ -170,13 +167,6 @@ def expand_factors(
     return phi_A.to(A.dtype), (scale * phi_B).to(B.dtype)
 
 
-def autocast_dtype(device_type: str) -> torch.dtype | None:
-    """What autocast casts to on such devices; None where it is off ("meta" has none)."""
-    if device_type == "meta" or not torch.is_autocast_enabled(device_type):
-        return None
-    return torch.get_autocast_dtype(device_type)
-
-
 def _as_autocast_says(x: torch.Tensor, base: Base) -> tuple[torch.Tensor, Base]:
     """x and the base's output in the dtype that autocast asks for; float64 is left alone, as
     PyTorch's own autocast does. Without autocast all dtypes must agree.
@@ -189,9 +179,23 @@ def _as_autocast_says(x: torch.Tensor, base: Base) -> tuple[torch.Tensor, Base]:
     return x, base
 
 
-def _tracked(*tensors: torch.Tensor | None) -> bool:
-    """Whether autograd will ask for a backward."""
-    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+def _transformed() -> bool:
+    """Whether a ``torch.func`` transform or forward-mode differentiation is active."""
+    if torch.compiler.is_compiling():
+        return False
+    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+
+
+def _resolved(backend: str, device: torch.device, dtypes: tuple[torch.dtype, ...]) -> str:
+    """The backend to use. Every transform goes through the reference's plain operators."""
+    if not _transformed():
+        return resolve(backend, device, dtypes)
+    if backend == "triton":
+        raise ValueError(
+            "backend='triton' has first derivatives in reverse mode, and no rules for torch.func "
+            "transforms and forward mode; use 'auto', 'torch' or 'reference' there"
+        )
+    return "reference"
 
 
 def _chosen(options: Options, x: torch.Tensor, base: Base, adapter: Factors) -> Options:
@@ -202,7 +206,7 @@ def _chosen(options: Options, x: torch.Tensor, base: Base, adapter: Factors) -> 
     """
     o = options
     dtypes = tuple(t.dtype for t in (x, *adapter) if t is not None)
-    backend, plan = resolve(o.backend, x.device, dtypes), o.plan
+    backend, plan = _resolved(o.backend, x.device, dtypes), o.plan
     if plan == "composed" and o.dropout_p > 0.0:
         raise ValueError(f"plan='composed' takes no dropout; got dropout_p={o.dropout_p}")
     if plan == "composed" and base.weight is None:
@@ -221,14 +225,6 @@ def _chosen(options: Options, x: torch.Tensor, base: Base, adapter: Factors) -> 
         )
         plan = "composed" if composed else "factored"
     return Options(o.terms, float(o.scale), float(o.dropout_p), plan, backend)
-
-
-def _without_autocast(device_type: str) -> contextlib.AbstractContextManager[object]:
-    """Inside, operations keep the dtypes they are given."""
-    # Entering torch.autocast costs several microseconds: not where there is nothing to turn off.
-    if autocast_dtype(device_type) is not None:
-        return torch.autocast(device_type, enabled=False)
-    return contextlib.nullcontext()
 
 
 def _reference(

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import math
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -15,7 +16,9 @@ from torch import nn
 from . import checks, functional, reference
 from .backends import resolve
 from .checks import FLOATING
+from .memory import overlap, span_of
 from .operands import Base, Factors, Options
+from .switch import Switch
 from .terms import Terms, check_rank, check_terms, coefficient_count
 
 __all__ = ["AdapterOptions", "PeraLinear"]
@@ -47,6 +50,22 @@ class AdapterOptions:
             raise ValueError(f"plan='composed' takes no dropout; got dropout={self.dropout}")
 
 
+class Tie(NamedTuple):
+    """A parameter or buffer of another module that lies in the memory of a layer's weight."""
+
+    module: nn.Module
+    part: str
+    name: str
+
+
+class Adapter(NamedTuple):
+    """An adapter's ΔW: its factors, its scale and its terms."""
+
+    factors: Factors
+    scale: float
+    terms: Terms
+
+
 class Sharing(Protocol):
     """Layers that share their input with others: see ``pera_kernels.adapters.shared_inputs``."""
 
@@ -70,7 +89,8 @@ class PeraLinear(nn.Module):
         terms: ``"full"``, ``"square"``, ``"cross"`` or ``"linear"`` (LoRA).
         dropout: probability in [0, 1) on the adapter's input, in training mode.
         init: of A: ``"kaiming"`` (uniform, a = √5) or ``"gaussian"`` (standard deviation 1 / r).
-        adapter_dtype: dtype of A, B and h; None means that of the weight.
+        adapter_dtype: dtype of A, B and h; None means float32, or float64 over a float64 weight.
+            float64 goes with a float64 weight only.
         backend, plan: see :func:`pera_kernels.pera_linear`.
 
     Raises:
@@ -126,8 +146,12 @@ class PeraLinear(nn.Module):
         parametrizations) becomes ``base_layer``: it is called, the update is added to its output,
         and no weight is touched.
 
+        A layer cannot know who else holds its weight (an embedding that it is tied to):
+        :meth:`merge` changes it for all of them. :func:`pera_kernels.inject` knows and refuses.
+
         Raises:
-            TypeError: ``layer`` is not a module with ``in_features`` and ``out_features``.
+            TypeError: ``layer`` is not a module with ``in_features`` and ``out_features``, or its
+                parameters have no shape yet.
             ValueError: ``layer`` is adapted already, or an option does not fit.
         """
         options = AdapterOptions(r, alpha, terms, dropout, init, adapter_dtype, backend, plan)
@@ -140,12 +164,16 @@ class PeraLinear(nn.Module):
             raise ValueError("layer is a PeraLinear already; unmerge and use it, or adapt its base")
         if not isinstance(layer, nn.Module):
             raise TypeError(f"layer must be an nn.Module; got {type(layer).__name__}")
-        for name in ("in_features", "out_features"):
-            if not isinstance(getattr(layer, name, None), int):
-                raise TypeError(
-                    f"layer must have an int {name}, as nn.Linear has; "
-                    f"{type(layer).__name__} has none"
-                )
+        if features(layer) is None:
+            raise TypeError(
+                "layer must have an int in_features and out_features, as nn.Linear has; "
+                f"{type(layer).__name__} has none"
+            )
+        if any(nn.parameter.is_lazy(p) for p in layer.parameters()):
+            raise TypeError(
+                f"layer must have parameters with a shape; those of this {type(layer).__name__} "
+                "get theirs in its first call: call the model once before"
+            )
         dense = is_plain_linear(layer)
         if options.plan == "composed" and not dense:
             raise ValueError(
@@ -176,11 +204,19 @@ class PeraLinear(nn.Module):
         self.backend = options.backend
         self.plan = options.plan
         self.merged = False
-        self._disabled_depth = 0
+        self._switch = Switch()
+        self._added: Adapter | None = None
+        self.tied: tuple[Tie, ...] = ()
         self.shared_inputs: Sharing | None = None
         self.register_buffer("merged_base", None, persistent=False)
-        device, dtype = self._adapter_place(options.adapter_dtype)
-        if options.backend != "auto" and device.type != "meta":
+        device, own = self._adapter_place()
+        dtype = options.adapter_dtype or torch.promote_types(own, torch.float32)
+        if (dtype == torch.float64) != (own == torch.float64):
+            raise TypeError(
+                "adapter_dtype must be float64 for a float64 layer and for no other; "
+                f"got {dtype} for a layer of {own}"
+            )
+        if options.backend != "auto":
             resolve(options.backend, device, (dtype,))
         count = coefficient_count(r, options.terms)
         self.pera_A = nn.Parameter(torch.empty(r, self.in_features, device=device, dtype=dtype))
@@ -193,8 +229,9 @@ class PeraLinear(nn.Module):
         )
         self.reset_adapter()
 
-    def _adapter_place(self, dtype: torch.dtype | None) -> tuple[torch.device, torch.dtype]:
-        return self.weight.device, dtype or self.weight.dtype
+    def _adapter_place(self) -> tuple[torch.device, torch.dtype]:
+        """Device and dtype of the base."""
+        return self.weight.device, self.weight.dtype
 
     @property
     def scale(self) -> float:
@@ -211,8 +248,15 @@ class PeraLinear(nn.Module):
         if self.pera_h is not None:
             nn.init.zeros_(self.pera_h)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if self._disabled_depth > 0:
+    def reset_parameters(self) -> None:
+        """Initialise the layer anew: weight and bias as ``nn.Linear`` does, and the adapter."""
+        self.unmerge()
+        nn.Linear.reset_parameters(self)  # type: ignore[arg-type]
+        self.reset_adapter()
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        x = input
+        if self._switch.is_off():
             return self._base_forward(x)
         if self.merged:
             return F.linear(x, self.weight, self.bias)
@@ -239,7 +283,7 @@ class PeraLinear(nn.Module):
         """What :meth:`forward` computes, for layers that are evaluated together; None where this
         one has to compute alone: merged, disabled, or observed by hooks.
         """
-        if self.merged or self._disabled_depth or not unobserved(self):
+        if self.merged or self._switch.is_off() or not unobserved(self):
             return None
         return self._base(x), self._factors(), self._options()
 
@@ -252,17 +296,19 @@ class PeraLinear(nn.Module):
             backend=self.backend,
         )
 
+    def _adapter(self) -> Adapter:
+        """The adapter as it is now."""
+        return Adapter(self._factors(), self.scale, self.terms)
+
     @torch.no_grad()
-    def _exact_delta(self) -> torch.Tensor:
+    def _exact_delta(self, adapter: Adapter) -> torch.Tensor:
         """ΔW in float32 (float64 for a float64 weight), the precision of a merge."""
         work = torch.promote_types(self.weight.dtype, torch.float32)
-        h = None if self.pera_h is None else self.pera_h.to(work)
+        factors = (None if t is None else t.to(self.weight.device, work) for t in adapter.factors)
         return functional.delta_weight(
-            self.pera_A.to(work),
-            self.pera_B.to(work),
-            h,
-            scale=self.scale,
-            terms=self.terms,
+            *factors,  # type: ignore[arg-type]
+            scale=adapter.scale,
+            terms=adapter.terms,
             backend="auto" if work == torch.float64 else self.backend,
         )
 
@@ -273,7 +319,8 @@ class PeraLinear(nn.Module):
             return self.weight
         if self.merged_base is not None:
             return self.merged_base
-        delta = self._exact_delta()
+        assert self._added is not None
+        delta = self._exact_delta(self._added)
         return (self.weight.to(delta.dtype) - delta).to(self.weight.dtype)
 
     @torch.no_grad()
@@ -281,11 +328,13 @@ class PeraLinear(nn.Module):
         """W0 + ΔW, formed in at least float32 and rounded once; the layer is not changed.
 
         Raises:
+            TypeError: the weight is not a plain parameter.
             ValueError: with ``safe``, the result is not finite.
         """
-        delta = self._exact_delta()
+        self.check_plain_weight()
+        delta = self._exact_delta(self._adapter())
         merged = delta.add_(self.base_weight()).to(self.weight.dtype)
-        if safe and not torch.isfinite(merged).all():
+        if safe and merged.device.type != "meta" and not torch.isfinite(merged).all():
             count = int((~torch.isfinite(merged)).sum())
             raise ValueError(
                 f"merging would make {count} of {merged.numel()} weights infinite or NaN; the "
@@ -293,54 +342,89 @@ class PeraLinear(nn.Module):
             )
         return merged
 
+    def check_plain_weight(self) -> None:
+        """Raise if ``weight`` is computed from other tensors: what is written to it is lost."""
+        if self._parameters.get("weight") is None:
+            raise TypeError(
+                "merging needs a weight that is a parameter of the layer; this one is computed (by "
+                "a parametrization, weight normalisation or pruning): make it permanent first, for "
+                "example by torch.nn.utils.parametrize.remove_parametrizations"
+            )
+
+    def _refuse_tied(self) -> None:
+        own = span_of(self.weight)
+        spans = {tie.name: span_of(getattr(tie.module, tie.part, None)) for tie in self.tied}
+        others = [name for name, span in spans.items() if overlap(own, span)]
+        if others:
+            raise ValueError(
+                f"merging would change {', '.join(others)} as well, because the weight is shared; "
+                "untie it first"
+            )
+
     @torch.no_grad()
     def merge(self, safe: bool = True, *, keep_base: bool = True) -> None:
         """Fold ΔW into ``weight``, so that the layer costs what its base costs. Does nothing if
         merged.
 
-        The sum is formed in float32 and rounded once. While merged, the adapter gets no gradient.
+        The sum is formed in float32 and rounded once. While merged, the adapter gets no gradient,
+        and what is written to it counts after :meth:`unmerge`.
 
         Args:
             safe: refuse a result that is not finite.
-            keep_base: keep a copy of W0 for :meth:`unmerge`. Without it that memory is saved and
-                unmerging subtracts ΔW again, which is exact only up to the rounding of the weight's
-                dtype.
+            keep_base: keep a copy of W0 for :meth:`unmerge`. Without it a copy of the adapter is
+                kept, and unmerging subtracts its ΔW again, which is exact only up to the rounding
+                of the weight's dtype.
 
         Raises:
-            ValueError: the merged weight would not be finite; the weight is untouched.
+            TypeError: the weight is computed from other tensors.
+            ValueError: the merged weight would not be finite, or ``inject`` found that other
+                modules share it, and they still do. The weight is untouched.
         """
         if self.merged:
             return
+        self._refuse_tied()
         merged = self.merged_weight(safe)
         base = self.weight.detach().clone() if keep_base else None
+        factors, scale, terms = self._adapter()
+        copies = Factors(*(None if t is None else t.detach().clone() for t in factors))  # type: ignore[arg-type]
         self.weight.copy_(merged)
+        self._added = None if keep_base else Adapter(copies, scale, terms)
         self.merged_base, self.merged = base, True
 
     @torch.no_grad()
     def unmerge(self) -> None:
-        """Put W0 back: bit for bit from the kept copy, else by subtracting ΔW. Does nothing if
-        unmerged.
+        """Put W0 back: bit for bit from the kept copy, else by subtracting the ΔW that was added.
+        Does nothing if unmerged.
         """
         if not self.merged:
             return
+        self.check_plain_weight()
         self.weight.copy_(self.base_weight())
-        self.merged_base = None
+        self.merged_base = self._added = None
         self.merged = False
 
     @contextlib.contextmanager
     def disabled(self) -> Iterator[PeraLinear]:
-        """Within this context the layer computes its base alone, merged or not. May be nested."""
-        self._disabled_depth += 1
-        try:
+        """Within this context the layer computes its base alone, merged or not. May be nested.
+
+        It holds for this thread, and for replicas that ``nn.DataParallel`` makes inside it; a copy
+        is not disabled. A checkpoint that computes again finds the state of its forward.
+        """
+        with self._switch.off():
             yield self
-        finally:
-            self._disabled_depth -= 1
+
+    def _replicate_for_data_parallel(self) -> PeraLinear:
+        """A replica is called in another thread: it takes the state of this one along."""
+        replica = super()._replicate_for_data_parallel()  # type: ignore[no-untyped-call]
+        replica._switch = Switch(always_off=self._switch.is_off())
+        return replica  # type: ignore[no-any-return]
 
     @torch.no_grad()
     def quadratic_share(self) -> float:
         """‖ΔW_quad‖_F / ‖BA‖_F: how much the products contribute beside plain LoRA; float64 inside.
 
-        0 where there are no products or they vanish, inf where BA alone vanishes.
+        0 where there are no products or they vanish, inf where BA alone vanishes, NaN where a
+        parameter is NaN.
         """
         return quadratic_share(self.pera_A, self.pera_B, self.pera_h, self.terms)
 
@@ -348,9 +432,17 @@ class PeraLinear(nn.Module):
         self, destination: dict[str, Any], prefix: str, keep_vars: bool
     ) -> None:
         """As usual, but ``weight`` is always W0: a checkpoint never holds the adapter twice."""
+        if self.merged:
+            self.check_plain_weight()
         super()._save_to_state_dict(destination, prefix, keep_vars)
-        if self.merged and prefix + "weight" in destination:
+        if self.merged:
             destination[prefix + "weight"] = self.base_weight()
+            warnings.warn(
+                "a state dict of a merged PeraLinear holds the base weight and the adapter apart: "
+                "a plain model would load the base weight alone. To save merged weights, call "
+                "pera_kernels.unload(model) first",
+                stacklevel=2,
+            )
 
     def _load_from_state_dict(
         self, state_dict: Any, prefix: str, *args: Any, **kwargs: Any
@@ -373,8 +465,7 @@ class PeraOverModule(PeraLinear):
     """A :class:`PeraLinear` over a base module that is called as it is; made by ``from_linear``."""
 
     def _adopt(self, layer: nn.Module) -> None:
-        self.in_features = int(layer.in_features)  # type: ignore[arg-type]
-        self.out_features = int(layer.out_features)  # type: ignore[arg-type]
+        self.in_features, self.out_features = features(layer)  # type: ignore[misc]
         self.base_layer = layer.requires_grad_(False)
 
     @property
@@ -386,12 +477,16 @@ class PeraOverModule(PeraLinear):
     def bias(self) -> torch.Tensor | None:  # type: ignore[override]
         return getattr(self.base_layer, "bias", None)
 
-    def _adapter_place(self, dtype: torch.dtype | None) -> tuple[torch.device, torch.dtype]:
-        weight = getattr(self.base_layer, "weight", None)
+    def _adapter_place(self) -> tuple[torch.device, torch.dtype]:
+        tensors = [*self.base_layer.parameters(), *self.base_layer.buffers()]
+        weight = getattr(self.base_layer, "weight", tensors[0] if tensors else None)
         if not isinstance(weight, torch.Tensor):
-            return torch.empty(0).device, dtype or torch.get_default_dtype()
-        own = weight.dtype if weight.dtype in FLOATING else torch.float32
-        return weight.device, dtype or own
+            return torch.device("cpu"), torch.float32
+        return weight.device, weight.dtype if weight.dtype in FLOATING else torch.float32
+
+    def reset_parameters(self) -> None:
+        """Initialise the adapter anew; the base layer is its own."""
+        self.reset_adapter()
 
     def _base_forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.base_layer(x)
@@ -408,6 +503,17 @@ class PeraOverModule(PeraLinear):
             "merge needs a plain nn.Linear as base; "
             f"{type(self.base_layer).__name__} is called as it is"
         )
+
+
+def features(layer: nn.Module) -> tuple[int, int] | None:
+    """(in, out) of a linear-like module; None of another. transformers' Conv1D, whose weight is
+    (in, out), is one.
+    """
+    n, m = getattr(layer, "in_features", None), getattr(layer, "out_features", None)
+    weight = getattr(layer, "weight", None)
+    if type(layer).__name__ == "Conv1D" and isinstance(weight, torch.Tensor) and weight.dim() == 2:
+        n, m = weight.shape
+    return (n, m) if isinstance(n, int) and isinstance(m, int) else None
 
 
 def is_plain_linear(layer: nn.Module) -> bool:
@@ -435,11 +541,14 @@ def quadratic_share(
     A: torch.Tensor, B: torch.Tensor, h: torch.Tensor | None, terms: Terms
 ) -> float:
     """:meth:`PeraLinear.quadratic_share` of these parameters."""
+    checks.check_adapter(A, B, h, terms)
     h = None if h is None else h.double()
     phi_A, phi_B = reference.expanded_factors(A.double(), B.double(), h, terms)
     r = A.shape[0]
     linear = _product_norm(phi_B[:, :r], phi_A[:r])
     quadratic = _product_norm(phi_B[:, r:], phi_A[r:])
+    if math.isnan(linear) or math.isnan(quadratic):
+        return math.nan
     if quadratic == 0.0:
         return 0.0
     return quadratic / linear if linear > 0.0 else math.inf
@@ -447,4 +556,4 @@ def quadratic_share(
 
 def _product_norm(B: torch.Tensor, A: torch.Tensor) -> float:
     """‖B A‖_F from the two Gram matrices, without forming the product."""
-    return math.sqrt(max(0.0, float(((B.mT @ B) * (A @ A.mT)).sum())))
+    return float(((B.mT @ B) * (A @ A.mT)).sum().clamp(min=0.0).sqrt())

@@ -18,6 +18,7 @@ from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 from torch.utils.hooks import RemovableHandle
 
 from .. import functional
+from ..autograd import autocast_dtype
 from ..module import PeraOverModule
 from ..operands import Base, Factors, Options
 
@@ -130,7 +131,7 @@ def _state(x: torch.Tensor, call: SharedCall) -> tuple[Any, ...]:
         x._version,
         torch.is_grad_enabled(),
         torch.is_inference_mode_enabled(),
-        functional.autocast_dtype(x.device.type),
+        autocast_dtype(x.device.type),
         [(id(t), t._version) for t in _tensors(call)],
     )
 

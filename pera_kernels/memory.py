@@ -1,0 +1,37 @@
+"""Whether two tensors lie in the same memory."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+
+__all__ = ["Span", "overlap", "span_of"]
+
+
+class Span(NamedTuple):
+    """The bytes of a storage that a tensor may touch."""
+
+    storage: int
+    first: int
+    end: int
+
+
+def span_of(tensor: Any) -> Span | None:
+    """Where a tensor lies; None without memory of its own kind, that can be compared."""
+    if type(tensor) not in (torch.Tensor, nn.Parameter):
+        return None
+    if not tensor.numel() or tensor.device.type == "meta" or tensor.layout != torch.strided:
+        return None
+    size = tensor.element_size()
+    first = int(tensor.storage_offset()) * size
+    last = sum((n - 1) * s for n, s in zip(tensor.shape, tensor.stride(), strict=True))
+    return Span(tensor.untyped_storage().data_ptr(), first, first + (int(last) + 1) * size)
+
+
+def overlap(a: Span | None, b: Span | None) -> bool:
+    """Whether a write to one may change the other."""
+    if a is None or b is None:
+        return False
+    return a.storage == b.storage and a.first < b.end and b.first < a.end
