@@ -204,6 +204,7 @@ class PeraLinear(nn.Module):
         self.backend = options.backend
         self.plan = options.plan
         self.merged = False
+        self.was_called = False
         self._switch = Switch()
         self._added: Adapter | None = None
         self.tied: tuple[Tie, ...] = ()
@@ -256,6 +257,8 @@ class PeraLinear(nn.Module):
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         x = input
+        if not (torch.compiler.is_compiling() or self.was_called):
+            self.was_called = True
         if self._switch.is_off():
             return self._base_forward(x)
         if self.merged:

@@ -1,8 +1,8 @@
 """Adapter checkpoints: ``adapter_model.safetensors`` and a readable ``adapter_config.json``.
 
 The tensors' file holds the configuration as well, with a digest over both, so that it is complete
-in itself: it is replaced in one step, and a flipped bit is seen. ``adapter_config.json`` is for
-people and programs that look at a folder.
+in itself: it is replaced in one step, and a flipped bit is seen. Tensors have the names that PEFT
+gives them, and ``adapter_config.json`` is what PEFT reads.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ import torch
 from torch import nn
 
 from ..checks import FLOATING, check_adapter
-from ..module import AdapterOptions, PeraLinear
+from ..module import AdapterOptions, PeraLinear, features
 from ..terms import TERMS
 from . import files
-from .inject import adapted_modules, adopt, named_places
+from .inject import adapted_modules, adapter_parameters, adopt, named_places
 
 __all__ = [
     "AdapterFile",
@@ -39,11 +39,13 @@ __all__ = [
 ModelT = TypeVar("ModelT", bound=nn.Module)
 
 FORMAT = "pera_kernels"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 TENSORS_FILE = "adapter_model.safetensors"
 CONFIG_FILE = "adapter_config.json"
 PARTS = ("pera_A", "pera_B", "pera_h")
 OPTIONS = ("r", "alpha", "terms", "dropout")
+# Before the name of every tensor, since version 2 and in PEFT.
+PREFIX = "base_model.model."
 
 
 class Incompatible(NamedTuple):
@@ -57,12 +59,14 @@ class Incompatible(NamedTuple):
 class AdapterFile:
     """An adapter that was read and checked, and is in no model yet.
 
-    ``options`` has r, alpha, terms and dropout of every module, ``tensors`` its A, B and h.
+    ``options`` has r, alpha, terms and dropout of every module, ``tensors`` its A, B and h, and
+    ``parameters`` what trained beside the adapters, by its name.
     """
 
     path: Path
     options: dict[str, dict[str, Any]]
     tensors: dict[str, dict[str, torch.Tensor]]
+    parameters: dict[str, torch.Tensor] = field(default_factory=dict)
     base_model: str | None = None
     config: dict[str, Any] = field(default_factory=dict)
 
@@ -106,6 +110,16 @@ def adapter_state_dict(model: nn.Module) -> dict[str, torch.Tensor]:
     }
 
 
+def other_trained(model: nn.Module) -> dict[str, nn.Parameter]:
+    """What trains in ``model`` beside its adapters, by name."""
+    own = {id(p) for p in adapter_parameters(model)}
+    return {
+        name: parameter
+        for name, parameter in model.named_parameters()
+        if parameter.requires_grad and id(parameter) not in own
+    }
+
+
 def _most_common(values: list[Any]) -> Any:
     return max(values, key=values.count)
 
@@ -117,8 +131,9 @@ def _base_model_hint(model: nn.Module) -> str | None:
     return hint if isinstance(hint, str) and hint else None
 
 
-def _config(layers: Mapping[str, PeraLinear], base_model: str | None) -> dict[str, Any]:
-    options = {name: {key: getattr(m, key) for key in OPTIONS} for name, m in layers.items()}
+def _config(
+    options: Mapping[str, dict[str, Any]], trained: list[str], base_model: str | None
+) -> dict[str, Any]:
     common = {key: _most_common([own[key] for own in options.values()]) for key in OPTIONS}
     others = {
         name: {key: own[key] for key in OPTIONS if own[key] != common[key]}
@@ -129,9 +144,29 @@ def _config(layers: Mapping[str, PeraLinear], base_model: str | None) -> dict[st
         "format_version": FORMAT_VERSION,
         "base_model": base_model,
         **common,
-        "target_modules": list(layers),
+        "target_modules": list(options),
         # Modules that differ from the above, by name.
         "modules": {name: own for name, own in others.items() if own},
+        # Other parameters that trained.
+        "trained": trained,
+    }
+
+
+def _for_peft(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The same configuration as PEFT reads it. It has one ``terms`` for all modules."""
+    own = config["modules"]
+    mixed = any("terms" in options for options in own.values())
+    return {
+        "peft_type": "PERA",
+        "base_model_name_or_path": config["base_model"],
+        "r": config["r"],
+        "pera_alpha": config["alpha"],
+        "pera_dropout": config["dropout"],
+        "terms": "mixed" if mixed else config["terms"],
+        "target_modules": config["target_modules"],
+        "rank_pattern": {name: o["r"] for name, o in own.items() if "r" in o},
+        "alpha_pattern": {name: o["alpha"] for name, o in own.items() if "alpha" in o},
+        "inference_mode": True,
     }
 
 
@@ -147,7 +182,8 @@ def _digest(config: str, tensors: Mapping[str, torch.Tensor]) -> str:
 def save_adapter(
     model: nn.Module, folder: str | os.PathLike[str], *, base_model: str | None = None
 ) -> None:
-    """Write the adapters of ``model`` to ``folder``, which is made if it is missing.
+    """Write the adapters of ``model``, and what else trains in it, to ``folder``, which is made if
+    it is missing. :func:`load_adapter` reads it, and so does PEFT with ``pera_kernels.peft``.
 
     Interrupted at any moment, it leaves the checkpoint that was there or the new one. Merged layers
     are saved as what they are, an adapter beside W0.
@@ -157,20 +193,23 @@ def save_adapter(
             configuration says.
 
     Raises:
-        ValueError: the model has no adapter.
+        ValueError: the model has no adapter, or one that does not fit its options.
         OSError: the folder cannot be written; what was there is untouched.
         ImportError: safetensors is not installed.
     """
-    model = unwrapped(model)
+    model, folder = unwrapped(model), Path(folder)
     layers = _adapted(model, "save")
+    options = {name: {key: getattr(m, key) for key in OPTIONS} for name, m in layers.items()}
     tensors = adapter_state_dict(model)
-    config = _config(layers, base_model or _base_model_hint(model))
+    _check_modules(options, _split(tensors, folder), folder)
+    others = other_trained(model)
+    config = _config(options, list(others), base_model or _base_model_hint(model))
     text = json.dumps(config, sort_keys=True)
-    folder = Path(folder)
+    tensors = {PREFIX + name: t.detach() for name, t in {**tensors, **others}.items()}
     folder.mkdir(parents=True, exist_ok=True)
     metadata = {"pera_config": text, "pera_digest": _digest(text, tensors)}
     files.write_safetensors(folder / TENSORS_FILE, tensors, metadata)
-    files.write_json(folder / CONFIG_FILE, config)
+    files.write_json(folder / CONFIG_FILE, _for_peft(config))
 
 
 def read_adapter(folder: str | os.PathLike[str]) -> AdapterFile:
@@ -195,20 +234,24 @@ def read_adapter(folder: str | os.PathLike[str]) -> AdapterFile:
             )
         config, path = _stored(stored, folder / TENSORS_FILE), folder / TENSORS_FILE
         beside = folder / CONFIG_FILE
-        if beside.exists() and files.read_json(beside) != config:
-            _check_version(files.read_json(beside), beside)
+        version = _check_version(config, path)
+        told = config if version == 1 else _for_peft(config)
+        if beside.exists() and (other := files.read_json(beside)) != told:
+            if "format" in other:
+                _check_version(other, beside)
             warnings.warn(
                 f"{beside} differs from the configuration stored in {TENSORS_FILE}, which counts",
                 stacklevel=3,
             )
     if config.get("peft_type") is not None:
-        options, by_module = _from_peft(config, tensors, path)
+        options, by_module, others = _from_peft(config, tensors, path)
     else:
         _check_version(config, path)
-        options, by_module = _from_own(config, tensors, path)
+        options, by_module, others = _from_own(config, tensors, path)
     _check_modules(options, by_module, folder / TENSORS_FILE)
     base = config.get("base_model") or config.get("base_model_name_or_path")
-    return AdapterFile(folder, options, by_module, base if isinstance(base, str) else None, config)
+    base = base if isinstance(base, str) else None
+    return AdapterFile(folder, options, by_module, others, base, config)
 
 
 def _stored(text: str, path: Path) -> dict[str, Any]:
@@ -221,7 +264,7 @@ def _stored(text: str, path: Path) -> dict[str, Any]:
     return config
 
 
-def _check_version(config: Mapping[str, Any], path: Path) -> None:
+def _check_version(config: Mapping[str, Any], path: Path) -> int:
     if config.get("format") != FORMAT:
         raise ValueError(
             f'{path} is not a PERA adapter: "format" must be "{FORMAT}"; '
@@ -235,6 +278,11 @@ def _check_version(config: Mapping[str, Any], path: Path) -> None:
             f"{path} has format version {version}; this package reads up to {FORMAT_VERSION}: "
             "update pera_kernels"
         )
+    return version
+
+
+# Options and tensors of every module, and other parameters.
+Read = tuple[dict[str, dict[str, Any]], dict[str, dict[str, torch.Tensor]], dict[str, torch.Tensor]]
 
 
 def _split(tensors: Mapping[str, torch.Tensor], path: Path) -> dict[str, dict[str, torch.Tensor]]:
@@ -249,10 +297,13 @@ def _split(tensors: Mapping[str, torch.Tensor], path: Path) -> dict[str, dict[st
     return by_module
 
 
-def _from_own(
-    config: Mapping[str, Any], tensors: Mapping[str, torch.Tensor], path: Path
-) -> tuple[dict[str, dict[str, Any]], dict[str, dict[str, torch.Tensor]]]:
-    by_module = _split(tensors, path)
+def _from_own(config: Mapping[str, Any], tensors: Mapping[str, torch.Tensor], path: Path) -> Read:
+    tensors = {key.removeprefix(PREFIX): tensor for key, tensor in tensors.items()}
+    told = config.get("trained", [])
+    if not isinstance(told, list) or not all(name in tensors for name in told):
+        raise ValueError(f'{path}: "trained" must list tensors of the file; got {told!r}')
+    trained = {name: tensors[name] for name in told}
+    by_module = _split({n: t for n, t in tensors.items() if n not in trained}, path)
     others = config.get("modules", {})
     if not isinstance(others, dict) or not all(isinstance(own, dict) for own in others.values()):
         raise ValueError(f'{path}: "modules" must be an object of objects; got {others!r}')
@@ -270,26 +321,23 @@ def _from_own(
     for name in by_module:
         own = {**{key: config.get(key) for key in OPTIONS}, **others.get(name, {})}
         options[name] = {key: own[key] for key in OPTIONS}
-    return options, by_module
+    return options, by_module, trained
 
 
-def _from_peft(
-    config: Mapping[str, Any], tensors: Mapping[str, torch.Tensor], path: Path
-) -> tuple[dict[str, dict[str, Any]], dict[str, dict[str, torch.Tensor]]]:
-    """A folder that PEFT wrote: its names, its way to say rank and alpha."""
+def _from_peft(config: Mapping[str, Any], tensors: Mapping[str, torch.Tensor], path: Path) -> Read:
+    """A folder that PEFT wrote: its names, its way to say rank and alpha.
+
+    What is in it beside adapters is whole modules, trained biases, and the frozen weight of an
+    output head that is a target.
+    """
     if config["peft_type"] != "PERA":
         raise ValueError(
             f'{path}: "peft_type" must be "PERA" to be read as a PERA adapter; '
             f"got {config['peft_type']!r}"
         )
-    prefix = "base_model.model."
-    other = [key for key in tensors if key.rpartition(".")[2] not in PARTS]
-    if other:
-        raise ValueError(
-            f"{path}: the adapter also saved whole modules ({', '.join(other[:4])}); load it with "
-            "peft.PeftModel.from_pretrained"
-        )
-    by_module = _split({key.removeprefix(prefix): t for key, t in tensors.items()}, path)
+    tensors = {key.removeprefix(PREFIX): tensor for key, tensor in tensors.items()}
+    others = {key: t for key, t in tensors.items() if key.rpartition(".")[2] not in PARTS}
+    by_module = _split({key: t for key, t in tensors.items() if key not in others}, path)
     options = {}
     for name, own in by_module.items():
         alpha = _by_pattern(config.get("alpha_pattern"), name, config.get("pera_alpha"), path)
@@ -304,7 +352,7 @@ def _from_peft(
             "terms": config.get("terms", "full"),
             "dropout": config.get("pera_dropout", 0.0),
         }
-    return options, by_module
+    return options, by_module, others
 
 
 def _by_pattern(patterns: Any, name: str, default: Any, path: Path) -> Any:
@@ -365,18 +413,21 @@ def load_adapter(
     *,
     overwrite: bool = False,
     backend: str = "auto",
+    adapter_dtype: torch.dtype | None = None,
 ) -> Incompatible:
-    """Put the adapter in ``folder`` into ``model``, in place.
+    """Put the adapter in ``folder`` into ``model``, in place, and whatever else the folder holds.
 
-    A plain model gets the adapters that the checkpoint has, of the ranks that its tensors have and
-    of their dtype, as by :func:`pera_kernels.inject`. A model with adapters has them filled: terms
-    and shapes must agree, and alpha becomes that of the checkpoint.
+    A plain model gets the adapters that the checkpoint has, of the ranks that its tensors have, as
+    by :func:`pera_kernels.inject`. A model with adapters has them filled: terms and shapes must
+    agree, and alpha becomes that of the checkpoint. Other parameters that trained (a head) are
+    written to those of the same name, which train from then on.
 
     Args:
         strict: raise if the model or the checkpoint has adapters that the other has not; else these
             are left alone and returned. Tensors of another shape are refused in any case.
         overwrite: fill adapters that hold something already (B is not zero).
-        backend: of the layers that are made; see :class:`PeraLinear`.
+        backend, adapter_dtype: of the layers that are made; see :class:`PeraLinear`. A checkpoint
+            in half precision is promoted to float32 unless ``adapter_dtype`` says otherwise.
 
     Returns:
         ``(missing_keys, unexpected_keys)``: adapters' tensors of the model that the checkpoint has
@@ -389,23 +440,63 @@ def load_adapter(
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be an nn.Module; got {type(model).__name__}")
-    return place(unwrapped(model), read_adapter(folder), strict, overwrite, backend)
+    read = read_adapter(folder)
+    return place(unwrapped(model), read, strict, overwrite, backend, adapter_dtype)
 
 
 def place(
-    model: nn.Module, adapter: AdapterFile, strict: bool, overwrite: bool, backend: str
+    model: nn.Module,
+    adapter: AdapterFile,
+    strict: bool,
+    overwrite: bool,
+    backend: str,
+    adapter_dtype: torch.dtype | None = None,
 ) -> Incompatible:
     """:func:`load_adapter` of what was read."""
-    if adapted_modules(model):
-        return _fill(model, adapter, strict, overwrite)
-    return _inject(model, adapter, strict, backend)
+    if not adapted_modules(model):
+        return _inject(model, adapter, strict, backend, adapter_dtype)
+    if adapter_dtype is not None:
+        raise ValueError(
+            f"adapter_dtype goes with a model without adapters; got {adapter_dtype} for one whose "
+            "adapters have their dtype already"
+        )
+    return _fill(model, adapter, strict, overwrite)
+
+
+class _Others:
+    """The other parameters of a checkpoint, and where they go in a model."""
+
+    def __init__(self, model: nn.Module, parameters: Mapping[str, torch.Tensor]) -> None:
+        own: dict[str, torch.Tensor] = dict(model.named_parameters(remove_duplicate=False))
+        own.update(model.named_buffers(remove_duplicate=False))
+        self.unexpected: list[str] = []
+        self.misshapen: list[str] = []
+        self.pairs: list[tuple[torch.Tensor, torch.Tensor]] = []
+        self.trained: list[torch.Tensor] = []
+        for name, tensor in parameters.items():
+            plain = name.replace(".base_layer.", ".")
+            there = own.get(name, own.get(plain))
+            if there is None:
+                self.unexpected.append(plain)
+            elif there.shape != tensor.shape:
+                self.misshapen.append(f"{plain} ({tuple(tensor.shape)} for {tuple(there.shape)})")
+            else:
+                self.pairs.append((there, tensor))
+                if isinstance(there, nn.Parameter) and not name.endswith(".base_layer.weight"):
+                    self.trained.append(there)
 
 
 def _keys(adapter: AdapterFile, names: list[str]) -> list[str]:
     return [_key(name, part) for name in names for part in PARTS if part in adapter.tensors[name]]
 
 
-def _inject(model: nn.Module, adapter: AdapterFile, strict: bool, backend: str) -> Incompatible:
+def _inject(
+    model: nn.Module,
+    adapter: AdapterFile,
+    strict: bool,
+    backend: str,
+    adapter_dtype: torch.dtype | None,
+) -> Incompatible:
     modules = dict(model.named_modules(remove_duplicate=False))
     unexpected = [name for name in adapter.tensors if not name or name not in modules]
     misshapen = []
@@ -413,23 +504,27 @@ def _inject(model: nn.Module, adapter: AdapterFile, strict: bool, backend: str) 
         layer = modules.get(name)
         if name in unexpected or layer is None:
             continue
-        has = tuple(getattr(layer, a, None) for a in ("out_features", "in_features"))
-        wants = (own["pera_B"].shape[0], own["pera_A"].shape[1])
+        has = features(layer)
+        wants = (own["pera_A"].shape[1], own["pera_B"].shape[0])
         if has != wants:
             kind = type(layer).__name__
             misshapen.append(f"{name} (adapter of {wants}, {kind} of {has})")
     fitting = [name for name in adapter.tensors if name not in unexpected]
-    if misshapen or (strict and unexpected) or not fitting:
+    others = _Others(model, adapter.parameters)
+    misshapen += others.misshapen
+    if misshapen or (strict and (unexpected or others.unexpected)) or not fitting:
         _listed(
             f"the adapter in {adapter.path} does not fit this {type(model).__name__}",
             {
                 "modules that the model lacks": unexpected,
-                "of another shape (out, in)": misshapen,
+                "parameters that the model lacks": others.unexpected,
+                "of another shape (in, out)": misshapen,
             },
         )
     options = {}
     for name in fitting:
-        dtype = _adapter_dtype(modules[name], adapter.tensors[name]["pera_A"].dtype)
+        stored = adapter.tensors[name]["pera_A"].dtype
+        dtype = adapter_dtype or _adapter_dtype(modules[name], stored)
         options[name] = AdapterOptions(
             **adapter.options[name], adapter_dtype=dtype, backend=backend
         )
@@ -440,17 +535,20 @@ def _inject(model: nn.Module, adapter: AdapterFile, strict: bool, backend: str) 
             for name in fitting
             for part, tensor in adapter.tensors[name].items()
         ]
+        + others.pairs
     )
-    return Incompatible([], _keys(adapter, unexpected))
+    for parameter in others.trained:
+        parameter.requires_grad_(True)
+    return Incompatible([], _keys(adapter, unexpected) + others.unexpected)
 
 
 def _adapter_dtype(layer: nn.Module, stored: torch.dtype) -> torch.dtype:
-    """That of the checkpoint, except that float64 goes with float64 only."""
+    """At least float32; float64 goes with float64 only."""
     weight = getattr(layer, "weight", None)
-    own = weight.dtype if isinstance(weight, torch.Tensor) else torch.get_default_dtype()
+    own = weight.dtype if isinstance(weight, torch.Tensor) else torch.float32
     if torch.float64 in (own, stored) and own in FLOATING:
-        return own
-    return stored
+        return torch.promote_types(own, torch.float32)
+    return torch.promote_types(stored, torch.float32)
 
 
 def _fill(model: nn.Module, adapter: AdapterFile, strict: bool, overwrite: bool) -> Incompatible:
@@ -467,13 +565,19 @@ def _fill(model: nn.Module, adapter: AdapterFile, strict: bool, overwrite: bool)
             )
             continue
         for part, tensor in own.items():
+            if getattr(layer, part) is not None and layer._parameters.get(part) is None:
+                misshapen.append(f"{_key(name, part)} (computed from other tensors in this model)")
+                continue
             has = tuple(getattr(layer, part).shape) if getattr(layer, part) is not None else None
             if has != tuple(tensor.shape):
                 misshapen.append(f"{_key(name, part)} ({tuple(tensor.shape)} for {has})")
     missing_keys = [
         _key(n, part) for n in missing for part in PARTS if getattr(layers[n], part) is not None
     ]
-    unexpected_keys = _keys(adapter, unexpected)
+    others = _Others(model, adapter.parameters)
+    misshapen += others.misshapen
+    unexpected_keys = _keys(adapter, unexpected) + others.unexpected
+    unexpected += others.unexpected
     if misshapen or (strict and (missing or unexpected)) or not both:
         _listed(
             f"the adapter in {adapter.path} does not fit the adapters of this "
@@ -497,11 +601,13 @@ def _fill(model: nn.Module, adapter: AdapterFile, strict: bool, overwrite: bool)
         for part, tensor in adapter.tensors[name].items()
     ]
     # Everything that can fail happens before the first change.
-    moved = [(own, tensor.to(own.device, own.dtype)) for own, tensor in pairs]
+    moved = [(own, tensor.to(own.device, own.dtype)) for own, tensor in pairs + others.pairs]
     for name in both:
         layers[name].unmerge()
         layers[name].alpha = float(adapter.options[name]["alpha"])
     _copy(moved)
+    for parameter in others.trained:
+        parameter.requires_grad_(True)
     return Incompatible(missing_keys, unexpected_keys)
 
 

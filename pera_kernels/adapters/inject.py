@@ -3,23 +3,31 @@
 from __future__ import annotations
 
 import re
+import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TypeVar
 
 import torch
 from torch import nn
 
-from ..module import AdapterOptions, PeraLinear
+from ..module import AdapterOptions, PeraLinear, PeraOverModule, features
 from ..terms import Terms
 from . import shared_inputs as sharing
 from .shared_inputs import SHARED_INPUTS
+from .ties import ties
+from .uncalled import refuse_read_weights, watch
 
 ModelT = TypeVar("ModelT", bound=nn.Module)
 
 __all__ = ["adapted_modules", "adapter_parameters", "inject"]
 
 
-def _matches(name: str, targets: Sequence[str] | re.Pattern[str]) -> bool:
+# Heads that are new where a pretrained model gets one: frozen, they would stay random.
+HEADS = ("classifier", "score", "qa_outputs")
+
+
+def matches(name: str, targets: Sequence[str] | re.Pattern[str]) -> bool:
+    """Whether a module's path is what one of the targets names."""
     if isinstance(targets, re.Pattern):
         return targets.fullmatch(name) is not None
     return any(name == target or name.endswith("." + target) for target in targets)
@@ -43,36 +51,51 @@ def _check_targets(target_modules: Sequence[str] | str) -> Sequence[str] | re.Pa
     return names
 
 
-def _is_linear_like(module: nn.Module) -> bool:
-    return all(isinstance(getattr(module, a, None), int) for a in ("in_features", "out_features"))
-
-
 def _targets(
     model: nn.Module, wanted: Sequence[str] | re.Pattern[str]
 ) -> list[tuple[str, nn.Module, nn.Module]]:
-    """(name, parent, layer) of every module to replace; nothing is changed yet."""
+    """(name, parent, layer) of every place to change; nothing is changed yet.
+
+    A layer that stands under several names is one layer: it is found in all of its places.
+    """
     modules = dict(model.named_modules(remove_duplicate=False))
     found = []
     for name, layer in modules.items():
-        if not name or not _matches(name, wanted):
+        if not name or not matches(name, wanted):
             continue
-        parent = modules[name.rpartition(".")[0]]
         if isinstance(layer, PeraLinear):
             raise ValueError(f"{name} is a PeraLinear already; each layer takes one adapter")
-        if not _is_linear_like(layer):
+        if features(layer) is None:
             if isinstance(wanted, re.Pattern):
                 continue
             raise ValueError(
                 f"{name} is a {type(layer).__name__}, not a linear layer: an adapter needs "
                 "in_features and out_features"
             )
-        if isinstance(parent, nn.MultiheadAttention):
-            raise ValueError(
-                f"{name} belongs to an nn.MultiheadAttention, which reads its weight without "
-                "calling it: an adapter there would be ignored"
-            )
-        found.append((name, parent, layer))
-    return found
+        found.append(layer)
+    places = named_places(model, found)
+    names = [name for name, _, _ in places]
+    unmatched = (
+        []
+        if isinstance(wanted, re.Pattern)
+        else [target for target in wanted if not any(matches(name, [target]) for name in names)]
+    )
+    if unmatched or not places:
+        raise ValueError(_no_such_target(model, unmatched))
+    refuse_read_weights(model, names)
+    return places
+
+
+def _no_such_target(model: nn.Module, unmatched: Sequence[str]) -> str:
+    told = ", ".join(map(repr, unmatched)) or "the regular expression"
+    linear = [n for n, m in model.named_modules() if n and features(m) is not None]
+    shown = ", ".join(linear[:8]) + (", ..." if len(linear) > 8 else "")
+    fused = [n for n, _ in model.named_parameters() if matches(n, unmatched)]
+    told_fused = f" Experts in one tensor take no adapter: {', '.join(fused[:4])}." if fused else ""
+    return (
+        f"target_modules: {told} matches no linear layer of {type(model).__name__}, which has "
+        f"{shown or 'none'}.{told_fused}"
+    )
 
 
 def inject(
@@ -88,6 +111,7 @@ def inject(
     backend: str = "auto",
     plan: str = "auto",
     shared_inputs: Sequence[Sequence[str]] = SHARED_INPUTS,
+    modules_to_save: Sequence[str] | None = None,
 ) -> ModelT:
     """Replace linear layers of ``model`` by :class:`PeraLinear` in place and freeze everything
     else.
@@ -96,33 +120,54 @@ def inject(
         target_modules: a list of names, each matching whole trailing segments of a module's path
             (``"v_proj"`` matches ``layers.0.attn.v_proj``, not ``my_v_proj``), or a string: a
             regular expression that must match a whole path; it passes over modules that are not
-            linear.
+            linear. A layer that stands under several names gets one adapter for all of them.
         r, alpha, terms, dropout, init, adapter_dtype, backend, plan: see :class:`PeraLinear`.
         shared_inputs: names of children of one module that it calls on the same tensor, by groups;
             they are computed together (see :func:`pera_kernels.shared_inputs`); ``()`` for none.
+        modules_to_save: names, matched as targets are, of further modules that train as a whole and
+            that :func:`pera_kernels.save_adapter` saves: a new classification head, for example.
+            None means none, with a warning where a module is named as such heads are.
 
     Returns:
-        The same model. Adapters that were there before stay as they are, and trainable.
+        The same model. What trained before a further ``inject`` goes on training.
 
     Raises:
-        TypeError, ValueError: an option that does not fit, nothing matches, or a match cannot be
-            adapted; the model is unchanged.
+        TypeError, ValueError: an option that does not fit, a name that matches nothing, or a match
+            that cannot be adapted (a layer whose weight is read and that is never called, one with
+            lazy parameters); the model is unchanged.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be an nn.Module; got {type(model).__name__}")
     wanted = _check_targets(target_modules)
     groups = sharing.check_shared_inputs(shared_inputs)
     options = AdapterOptions(r, alpha, terms, dropout, init, adapter_dtype, backend, plan)
+    trained = _modules_to_save(model, modules_to_save)
     found = _targets(model, wanted)
-    if not found:
-        linear = [n for n, m in model.named_modules() if n and _is_linear_like(m)]
-        shown = ", ".join(linear[:8]) + (", ..." if len(linear) > 8 else "")
-        raise ValueError(
-            f"target_modules={target_modules!r} matches no module of {type(model).__name__}; "
-            f"its linear layers are: {shown or 'none'}"
-        )
-    adopt(model, found, dict.fromkeys((name for name, _, _ in found), options), groups)
+    adopt(model, found, dict.fromkeys((name for name, _, _ in found), options), groups, trained)
     return model
+
+
+def _modules_to_save(model: nn.Module, names: object) -> list[nn.Module]:
+    if names is None:
+        frozen = [n for n, m in model.named_modules() if matches(n, HEADS) and any(m.parameters())]
+        if frozen and not adapted_modules(model):
+            heads = sorted({n.rpartition(".")[2] for n in frozen})
+            warnings.warn(
+                f"inject freezes {', '.join(frozen)}: modules_to_save={heads!r} trains what is new "
+                "in this model, and modules_to_save=() says that nothing is",
+                stacklevel=3,
+            )
+        return []
+    if not isinstance(names, (list, tuple, set)) or not all(isinstance(n, str) for n in names):
+        raise ValueError(f"modules_to_save must be a list of module names or None; got {names!r}")
+    modules = {n: m for n, m in model.named_modules() if n}
+    unmatched = [n for n in names if not any(matches(own, [n]) for own in modules)]
+    if unmatched:
+        raise ValueError(
+            f"modules_to_save: {', '.join(map(repr, unmatched))} matches no module of "
+            f"{type(model).__name__}"
+        )
+    return [m for n, m in modules.items() if matches(n, list(names))]
 
 
 def named_places(
@@ -143,28 +188,47 @@ def adopt(
     places: Sequence[tuple[str, nn.Module, nn.Module]],
     options: Mapping[str, AdapterOptions],
     groups: Sequence[tuple[str, ...]] = SHARED_INPUTS,
+    trained: Iterable[nn.Module] = (),
 ) -> None:
-    """Put adapters with these options, which are by name, in these places and freeze everything
-    else. If one cannot be made, nothing is changed.
+    """Put adapters with these options, which are by name, in these places, freeze everything else,
+    and let the modules ``trained`` train. If anything fails, nothing is changed.
     """
     trainable = [(p, p.requires_grad) for p in model.parameters()]
     # A layer that stands under two names keeps doing so: one adapter for both.
     adapted: dict[nn.Module, PeraLinear] = {}
+    # What trains beside the adapters of an earlier call was made to.
+    first, done = not adapted_modules(model), []
     try:
         for name, _, layer in places:
             if layer not in adapted and name in options:
                 adapted[layer] = PeraLinear.adapting(layer, options[name])
+        if first:
+            model.requires_grad_(False)
+        for module in trained:
+            module.requires_grad_(True)
+        for name, parent, layer in places:
+            setattr(parent, name.rpartition(".")[2], adapted[layer])
+            done.append((name, parent, layer))
+        for parameter in (p for new in adapted.values() for p in own_parameters(new)):
+            parameter.requires_grad_(True)
+        _record_ties(model, adapted.values())
+        sharing.shared_inputs(model, groups)
+        watch(model, adapted.values())
     except BaseException:
+        for name, parent, layer in done:
+            setattr(parent, name.rpartition(".")[2], layer)
         for parameter, requires_grad in trainable:
             parameter.requires_grad_(requires_grad)
         raise
-    keep = {id(p) for p in adapter_parameters(model)}
-    for parameter in model.parameters():
-        if id(parameter) not in keep:
-            parameter.requires_grad_(False)
-    for name, parent, layer in places:
-        setattr(parent, name.rpartition(".")[2], adapted[layer])
-    sharing.shared_inputs(model, groups)
+
+
+def _record_ties(model: nn.Module, layers: Iterable[PeraLinear]) -> None:
+    """Tell new layers who else holds their weight."""
+    own = {layer: f"{name}.weight" for name, layer in adapted_modules(model).items()}
+    plain = {own[layer]: layer for layer in layers if not isinstance(layer, PeraOverModule)}
+    found = ties(model, {name: layer.weight for name, layer in plain.items()})
+    for name, layer in plain.items():
+        layer.tied = tuple(found.get(name, ()))
 
 
 def adapted_modules(model: nn.Module) -> dict[str, PeraLinear]:
@@ -172,10 +236,17 @@ def adapted_modules(model: nn.Module) -> dict[str, PeraLinear]:
     return {name: m for name, m in model.named_modules() if isinstance(m, PeraLinear)}
 
 
+def own_parameters(layer: PeraLinear) -> list[nn.Parameter]:
+    """A, B and h of one layer."""
+    own = (layer.pera_A, layer.pera_B, layer.pera_h)
+    return [parameter for parameter in own if parameter is not None]
+
+
 def adapter_parameters(model: nn.Module) -> Iterator[nn.Parameter]:
     """Every adapter's A, B and h, each once."""
+    seen = set()
     for layer in adapted_modules(model).values():
-        yield layer.pera_A
-        yield layer.pera_B
-        if layer.pera_h is not None:
-            yield layer.pera_h
+        for parameter in own_parameters(layer):
+            if parameter not in seen:
+                seen.add(parameter)
+                yield parameter

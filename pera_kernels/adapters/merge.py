@@ -3,71 +3,20 @@
 from __future__ import annotations
 
 import contextlib
-from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, TypeVar
 
-import torch
 from torch import nn
 
 from ..module import PeraLinear, PeraOverModule
+from .hooks import remove_all_hooks
 from .inject import adapted_modules, named_places
-from .shared_inputs import shared_inputs
+from .ties import refuse_shared
 
 __all__ = ["merge", "unload", "unmerge"]
 
 ModelT = TypeVar("ModelT", bound=nn.Module)
 Progress = Callable[[Iterable[Any]], Iterable[Any]]
-
-
-def _span(tensor: torch.Tensor) -> tuple[int, int, int]:
-    """(storage, first byte, end) of the memory that a tensor may touch."""
-    size = tensor.element_size()
-    first = int(tensor.storage_offset()) * size
-    last = sum((n - 1) * s for n, s in zip(tensor.shape, tensor.stride(), strict=True))
-    return tensor.untyped_storage().data_ptr(), first, first + (int(last) + 1) * size
-
-
-def refuse_shared(model: nn.Module, weights: Mapping[str, torch.Tensor]) -> None:
-    """Raise if another parameter or buffer of ``model`` lies in the memory of one of ``weights``,
-    which are known by name: to change it would change both.
-    """
-    by_storage: defaultdict[int, list[tuple[str, int, int]]] = defaultdict(list)
-    # A module that stands under two names is one module, and one name of it counts.
-    for kind in (nn.Module.named_parameters, nn.Module.named_buffers):
-        for path, module in model.named_modules():
-            for part, tensor in kind(module, recurse=False, remove_duplicate=False):
-                if _placed(tensor):
-                    storage, first, end = _span(tensor)
-                    name = f"{path}.{part}" if path else part
-                    by_storage[storage].append((name, first, end))
-    found = []
-    for name, weight in weights.items():
-        if not _placed(weight):
-            continue
-        storage, first, end = _span(weight)
-        others = [
-            other
-            for other, start, stop in by_storage[storage]
-            if start < end and first < stop and other != name
-        ]
-        if others:
-            found.append(f"{name} is also {', '.join(others)}")
-    if found:
-        raise ValueError(
-            "merging would change other modules, because weights are shared: "
-            f"{'; '.join(found)}. Untie them first"
-        )
-
-
-def _placed(tensor: torch.Tensor) -> bool:
-    """Whether it has memory of its own kind, that can be compared."""
-    return bool(
-        tensor.numel()
-        and tensor.device.type != "meta"
-        and tensor.layout == torch.strided
-        and type(tensor) in (torch.Tensor, nn.Parameter)
-    )
 
 
 def _mergeable(model: nn.Module) -> dict[str, PeraLinear]:
@@ -201,5 +150,5 @@ def unload(model: ModelT, *, merge: bool = True, progress: Progress = iter) -> M
         unmerge(model)
     for name, parent, layer in named_places(model, layers.values()):
         setattr(parent, name.rpartition(".")[2], plain[id(layer)])
-    shared_inputs(model, ())
+    remove_all_hooks(model)
     return model

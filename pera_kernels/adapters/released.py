@@ -13,12 +13,11 @@ from torch import nn
 
 from ..terms import coefficient_count
 from . import files
-from .checkpoint import AdapterFile, Incompatible, _check_modules, place, unwrapped
+from .checkpoint import PREFIX, AdapterFile, Incompatible, _check_modules, place, unwrapped
 
 __all__ = ["load_released"]
 
 PARTS = {"lora_A": "pera_A", "lora_B": "pera_B", "lora_A_parameter": "pera_h"}
-PREFIX = "base_model.model."
 NAMES = ("adapter_model.safetensors", "adapter_model.bin")
 
 
@@ -30,6 +29,7 @@ def load_released(
     alpha: float | None = None,
     overwrite: bool = False,
     backend: str = "auto",
+    adapter_dtype: torch.dtype | None = None,
 ) -> Incompatible:
     """Load a checkpoint of the released PERA code into a plain model or one with adapters.
 
@@ -41,7 +41,7 @@ def load_released(
             ``.bin`` is read with ``weights_only=True``: it cannot run code.
         alpha: numerator of the scale. The released code accepts ``lora_alpha`` and ignores it:
             None means its scale, 1.
-        strict, overwrite, backend: see :func:`pera_kernels.load_adapter`.
+        strict, overwrite, backend, adapter_dtype: see :func:`pera_kernels.load_adapter`.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -79,7 +79,7 @@ def load_released(
         }
     _check_modules(options, by_module, file)
     adapter = AdapterFile(file, options, by_module)
-    return place(unwrapped(model), adapter, strict, overwrite, backend)
+    return place(unwrapped(model), adapter, strict, overwrite, backend, adapter_dtype)
 
 
 def _file(path: Path) -> Path:

@@ -15,12 +15,12 @@ from typing import Any, NamedTuple, Protocol, TypeGuard
 import torch
 from torch import nn
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
-from torch.utils.hooks import RemovableHandle
 
 from .. import functional
 from ..autograd import autocast_dtype
 from ..module import PeraOverModule
 from ..operands import Base, Factors, Options
+from .hooks import OwnHook, remove_hooks
 
 __all__ = ["SHARED_INPUTS", "SharedInputs", "check_shared_inputs", "share", "shared_inputs"]
 
@@ -140,7 +140,7 @@ class _PerThread(threading.local):
     call: _Call | None = None
 
 
-class SharedInputs:
+class SharedInputs(OwnHook):
     """Children of one module that are called on one tensor: the first one computes all.
 
     Hooks of the parent open and close the group. It dissolves for good once it computed something
@@ -151,21 +151,18 @@ class SharedInputs:
     def __init__(self, names: Sequence[str]) -> None:
         self.names = tuple(names)
         self.dissolved = False
-        self.last_hook = 0
         self._thread = _PerThread()
 
     def watch(self, parent: nn.Module) -> None:
         """Register the hooks of the parent."""
-        parent.register_forward_pre_hook(self.open)
-        self.last_hook = parent.register_forward_hook(self.close, always_call=True).id
+        self.register(parent.register_forward_pre_hook, self.open)
+        self.register(parent.register_forward_hook, self.close, always_call=True)
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_thread": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state, _thread=_PerThread())
-        # In another process hooks are numbered from 0: a new one must not take the place of ours.
-        RemovableHandle.next_id = max(RemovableHandle.next_id, self.last_hook + 1)
+        super().__setstate__({**state, "_thread": _PerThread()})
 
     def open(self, parent: nn.Module, _: Any) -> None:
         """The parent's forward starts."""
@@ -253,7 +250,7 @@ def shared_inputs(
 
 def share(module: nn.Module, groups: Sequence[tuple[str, ...]]) -> tuple[str, ...]:
     """Group the adapted children of one module; returns the names of those that are grouped."""
-    dissolved = _remove_hooks(module)
+    dissolved = {group.names for group in remove_hooks(module, SharedInputs) if group.dissolved}
     for child in module.children():
         if hasattr(child, "shared_call"):
             child.shared_inputs = None  # type: ignore[assignment]
@@ -273,17 +270,3 @@ def share(module: nn.Module, groups: Sequence[tuple[str, ...]]) -> tuple[str, ..
         group.watch(module)
         found += tuple(members)
     return found
-
-
-def _remove_hooks(module: nn.Module) -> list[tuple[str, ...]]:
-    """Take the hooks of earlier groups off a module; returns the names of those dissolved."""
-    dissolved = []
-    for hooks in (module._forward_pre_hooks, module._forward_hooks):
-        for key, hook in list(hooks.items()):
-            group = getattr(hook, "__self__", None)
-            if isinstance(group, SharedInputs):
-                del hooks[key]
-                if hooks is module._forward_hooks:
-                    module._forward_hooks_always_called.pop(key)
-                    dissolved += [group.names] * group.dissolved
-    return dissolved

@@ -15,8 +15,8 @@ from peft.utils.other import get_pattern_key
 from torch import nn
 
 from pera_kernels.adapters.export import best_of_rank, expanded
-from pera_kernels.adapters.merge import refuse_shared
 from pera_kernels.adapters.shared_inputs import shared_inputs
+from pera_kernels.adapters.ties import refuse_shared
 
 from .config import PeraConfig
 from .layer import BASE, PeraLayer, is_conv1d, unsupported
