@@ -30,8 +30,8 @@ def test_round_trip_into_a_plain_model(terms, tmp_path, x):
     layer = pk.adapted_modules(loaded)["1.up"]
     assert (layer.r, layer.alpha, layer.terms, layer.dropout) == (3, 2.0, terms, 0.1)
     config = json.loads((tmp_path / "new" / "folder" / "adapter_config.json").read_text())
-    assert config["base_model"] == "some/base" and config["terms"] == terms
-    assert config["format_version"] == 1 and config["target_modules"][0] == "0.up"
+    assert config["base_model_name_or_path"] == "some/base" and config["terms"] == terms
+    assert config["peft_type"] == "PERA" and config["target_modules"][0] == "0.up"
 
 
 def test_round_trip_into_adapters(tmp_path, x):
@@ -134,7 +134,7 @@ def test_another_architecture(tmp_path):
     pk.save_adapter(trained(), tmp_path)
     refused(
         plain_model(n=32),
-        r"0\.up \(adapter of \(40, 24\), Linear",
+        r"0\.up \(adapter of \(24, 40\), Linear",
         lambda m: pk.load_adapter(m, tmp_path),
     )
     refused(nn.Sequential(nn.ReLU()), "model lacks", lambda m: pk.load_adapter(m, tmp_path))
@@ -247,20 +247,23 @@ def test_a_damaged_file(change, match, tmp_path):
 
 
 def rewritten(folder, **changes):
-    """The checkpoint without its stored configuration, and with another readable one."""
+    """The checkpoint with another stored configuration, other tensors, and no digest."""
+    from safetensors import safe_open
     from safetensors.torch import load_file, save_file
 
     path = folder / "adapter_model.safetensors"
+    with safe_open(path, "pt") as file:
+        config = json.loads(file.metadata()["pera_config"])
     tensors = {name: tensor.clone() for name, tensor in load_file(path).items()}
-    tensors.update(changes.pop("tensors", {}))
-    save_file({k: t for k, t in tensors.items() if t is not None}, path)
-    config = json.loads((folder / "adapter_config.json").read_text())
+    tensors.update({checkpoint.PREFIX + k: t for k, t in changes.pop("tensors", {}).items()})
     config.update(changes)
-    (folder / "adapter_config.json").write_text(json.dumps(config))
+    kept = {k: t for k, t in tensors.items() if t is not None}
+    save_file(kept, path, {"pera_config": json.dumps(config)})
+    (folder / "adapter_config.json").unlink()
 
 
 BAD_CONFIGS = {
-    "newer": ({"format_version": 2}, "format version 2; this package reads up to 1"),
+    "newer": ({"format_version": 3}, "format version 3; this package reads up to 2"),
     "version": ({"format_version": "1"}, '"format_version" must be an integer'),
     "format": ({"format": "lora"}, '"format" must be "pera_kernels"'),
     "rank": ({"r": 10**9}, "r is 1000000000 in the configuration, 3 in the tensors"),

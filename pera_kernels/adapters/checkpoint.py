@@ -154,15 +154,14 @@ def _config(
 
 def _for_peft(config: Mapping[str, Any]) -> dict[str, Any]:
     """The same configuration as PEFT reads it. It has one ``terms`` for all modules."""
-    own = config["modules"]
-    mixed = any("terms" in options for options in own.values())
+    own = config.get("modules", {})
     return {
         "peft_type": "PERA",
-        "base_model_name_or_path": config["base_model"],
-        "r": config["r"],
-        "pera_alpha": config["alpha"],
-        "pera_dropout": config["dropout"],
-        "terms": "mixed" if mixed else config["terms"],
+        "base_model_name_or_path": config.get("base_model"),
+        "r": config.get("r"),
+        "pera_alpha": config.get("alpha"),
+        "pera_dropout": config.get("dropout"),
+        "terms": "mixed" if any("terms" in o for o in own.values()) else config.get("terms"),
         "target_modules": config["target_modules"],
         "rank_pattern": {name: o["r"] for name, o in own.items() if "r" in o},
         "alpha_pattern": {name: o["alpha"] for name, o in own.items() if "alpha" in o},
@@ -233,25 +232,31 @@ def read_adapter(folder: str | os.PathLike[str]) -> AdapterFile:
                 f"{folder / TENSORS_FILE} is corrupted: its digest does not fit its content"
             )
         config, path = _stored(stored, folder / TENSORS_FILE), folder / TENSORS_FILE
-        beside = folder / CONFIG_FILE
-        version = _check_version(config, path)
-        told = config if version == 1 else _for_peft(config)
-        if beside.exists() and (other := files.read_json(beside)) != told:
-            if "format" in other:
-                _check_version(other, beside)
-            warnings.warn(
-                f"{beside} differs from the configuration stored in {TENSORS_FILE}, which counts",
-                stacklevel=3,
-            )
     if config.get("peft_type") is not None:
         options, by_module, others = _from_peft(config, tensors, path)
     else:
         _check_version(config, path)
         options, by_module, others = _from_own(config, tensors, path)
     _check_modules(options, by_module, folder / TENSORS_FILE)
+    if stored is not None:
+        _compare(folder / CONFIG_FILE, config)
     base = config.get("base_model") or config.get("base_model_name_or_path")
     base = base if isinstance(base, str) else None
     return AdapterFile(folder, options, by_module, others, base, config)
+
+
+def _compare(path: Path, config: Mapping[str, Any]) -> None:
+    """Warn if the readable configuration says something else than the stored one."""
+    if not path.exists():
+        return
+    readable = files.read_json(path)
+    if "format" in readable:
+        _check_version(readable, path)
+    if readable not in (dict(config), _for_peft(config)):
+        warnings.warn(
+            f"{path} differs from the configuration stored in {TENSORS_FILE}, which counts",
+            stacklevel=4,
+        )
 
 
 def _stored(text: str, path: Path) -> dict[str, Any]:
