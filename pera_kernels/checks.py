@@ -6,6 +6,7 @@ import math
 from numbers import Real
 
 import torch
+from torch import nn
 
 from .operands import Base, Factors, Options
 from .terms import check_terms, coefficient_count
@@ -28,46 +29,46 @@ def check_plan(plan: str) -> None:
         raise ValueError(f"plan must be one of {', '.join(map(repr, PLANS))}; got {plan!r}")
 
 
-def _overflows(value: object) -> bool:
-    """Whether an int is too large for a float."""
-    return isinstance(value, int) and abs(value) >= 2**1024
+def check_model(model: object) -> None:
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be an nn.Module; got {type(model).__name__}")
+
+
+def _number(name: str, value: object, accepted: str) -> float:
+    """A real number as a float, infinite where it is too large for one."""
+    if isinstance(value, bool) or not isinstance(value, Real):
+        raise TypeError(f"{name} must be {accepted}; got {value!r} of type {type(value).__name__}")
+    try:
+        return float(value)
+    except OverflowError:
+        return math.inf
 
 
 def check_scale(scale: object, name: str = "scale") -> None:
-    if isinstance(scale, bool) or not isinstance(scale, Real):
-        raise TypeError(
-            f"{name} must be a real number; got {scale!r} of type {type(scale).__name__}"
-        )
     # Written as a comparison: torch.compile traces it for a symbolic scale.
-    if _overflows(scale) or not abs(float(scale)) < math.inf:
-        raise ValueError(f"{name} must be finite; got {scale!r}")
+    if not abs(_number(name, scale, "a real number")) < math.inf:
+        raise ValueError(f"{name} must be finite; got {shortened(scale)}")
 
 
 def check_dropout(p: object, name: str = "dropout_p") -> None:
-    if isinstance(p, bool) or not isinstance(p, Real):
-        raise TypeError(f"{name} must be a number in [0, 1); got {p!r} of type {type(p).__name__}")
-    if not 0.0 <= float(p) < 1.0:
-        raise ValueError(f"{name} must be in [0, 1); got {p!r}")
+    if not 0.0 <= _number(name, p, "a number in [0, 1)") < 1.0:
+        raise ValueError(f"{name} must be in [0, 1); got {shortened(p)}")
 
 
 def check_alpha(alpha: object, name: str = "alpha") -> None:
-    if alpha is None:
-        return
-    if isinstance(alpha, bool) or not isinstance(alpha, Real):
-        raise TypeError(f"{name} must be a number > 0 or None; got {alpha!r}")
-    try:
-        value = float(alpha)
-    except OverflowError:
-        value = math.inf
-    if not (math.isfinite(value) and value > 0):
-        raise ValueError(f"{name} must be finite and > 0; got {value!r}")
+    if alpha is not None and not 0.0 < _number(name, alpha, "a number > 0 or None") < math.inf:
+        raise ValueError(f"{name} must be finite and > 0; got {shortened(alpha)}")
 
 
 def check_rate(name: str, value: object) -> None:
-    if isinstance(value, bool) or not isinstance(value, Real):
-        raise TypeError(f"{name} must be a number >= 0; got {value!r}")
-    if not (math.isfinite(value) and float(value) >= 0):
-        raise ValueError(f"{name} must be finite and >= 0; got {value!r}")
+    if not 0.0 <= _number(name, value, "a number >= 0") < math.inf:
+        raise ValueError(f"{name} must be finite and >= 0; got {shortened(value)}")
+
+
+def shortened(value: object) -> str:
+    """A value as a message shows it."""
+    text = repr(value)
+    return text if len(text) < 60 else f"{text[:40]}... ({len(text)} characters)"
 
 
 def check_init(init: object) -> None:
@@ -103,6 +104,9 @@ def _check_tensor(name: str, value: object, ndim: int | None) -> None:
         raise TypeError(f"{name} must be a torch.Tensor; got {type(value).__name__}")
     if value.dtype not in FLOATING:
         raise TypeError(f"{name} must be float64, float32, bfloat16 or float16; got {value.dtype}")
+    if value.layout != torch.strided or value.is_nested:
+        kind = "nested" if value.is_nested else str(value.layout).removeprefix("torch.")
+        raise TypeError(f"{name} must be a dense tensor; got a {kind} one: call .to_dense() or pad")
     if ndim is not None and value.dim() != ndim:
         raise ValueError(f"{name} must have {ndim} dimensions; got shape {tuple(value.shape)}")
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import torch
 
-__all__ = ["draw_seed", "keep_mask"]
+__all__ = ["draw_seed", "keep_mask", "keep_scale"]
 
 # Multipliers with good avalanche for 32-bit multiply-xorshift hashing.
 MULTIPLY_1 = 0x7FEB352D
@@ -31,8 +31,15 @@ def draw_seed(device: torch.device) -> torch.Tensor:
 
 
 def drop_threshold(p: float) -> int:
-    """The lot from which an element survives: ``p`` in units of ``2**-16``."""
-    return round(p * 2**LOT_BITS)
+    """The lot from which an element survives: ``p`` in units of ``2**-16``, and one lot survives."""
+    return min(round(p * 2**LOT_BITS), 2**LOT_BITS - 1)
+
+
+def keep_scale(p: float) -> float:
+    """What survivors are multiplied by: 1 / (1 - p) for ``p`` as the threshold has it, so that the
+    mean is kept.
+    """
+    return 2**LOT_BITS / (2**LOT_BITS - drop_threshold(p))
 
 
 def _signed(value: int) -> int:

@@ -349,9 +349,9 @@ class PeraLinear(nn.Module):
         """Raise if ``weight`` is computed from other tensors: what is written to it is lost."""
         if self._parameters.get("weight") is None:
             raise TypeError(
-                "merging needs a weight that is a parameter of the layer; this one is computed (by "
-                "a parametrization, weight normalisation or pruning): make it permanent first, for "
-                "example by torch.nn.utils.parametrize.remove_parametrizations"
+                "the weight must be a parameter of the layer to be merged, unmerged or unloaded; "
+                "this one is computed (by a parametrization, weight normalisation or pruning): make "
+                "it permanent first, as torch.nn.utils.parametrize.remove_parametrizations does"
             )
 
     def _refuse_tied(self) -> None:

@@ -12,7 +12,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-from .dropout import keep_mask
+from .dropout import keep_mask, keep_scale
 from .terms import Terms, check_terms, pairs
 
 __all__ = ["coefficients", "delta_weight", "expand", "pera_linear"]
@@ -107,7 +107,7 @@ def update(
             )
         N = x.shape[-1]
         keep = keep_mask(seed, x.numel() // N if N else 0, N, dropout_p).view(x.shape)
-        x = x.masked_fill(~keep, 0.0) / (1.0 - dropout_p)
+        x = x.masked_fill(~keep, 0.0) * keep_scale(dropout_p)
     phi_A, phi_B = expanded_factors(A, B, h, terms)
     u = F.linear(x, phi_A.to(x.dtype))
     return scale * F.linear(u, phi_B.to(x.dtype))

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import torch
 import torch.nn.functional as F
 
-from .dropout import keep_mask
+from .dropout import keep_mask, keep_scale
 from .operands import Base, Factors, Options, Saved
 from .terms import Terms, circular_order, expanded_rank, offsets
 
@@ -53,7 +53,7 @@ def forward(
 
     They have one rank. Dropout and a composed plan, whose u is empty, are for one layer alone.
     """
-    ys, us, keep_scale = [], [], 1.0 / (1.0 - options.dropout_p)
+    ys, us, kept = [], [], keep_scale(options.dropout_p)
     dropped = None if options.plan == "composed" else _dropped(x, seed, options)
     for base, (A, B, h) in zip(bases, adapters, strict=True):
         if dropped is None:
@@ -63,7 +63,7 @@ def forward(
             us.append(x.new_empty(0))
             continue
         y = _output(x, base)
-        u = scaled_product(dropped, expand(A, options.terms, x.dtype).t(), keep_scale)
+        u = scaled_product(dropped, expand(A, options.terms, x.dtype).t(), kept)
         phi_B = expand(B.t(), options.terms, x.dtype, coefficients(h, A.shape[0], options.terms))
         _add_product(y, u, phi_B, options.scale)
         ys.append(y)
@@ -81,14 +81,14 @@ def backward(
     x, u, weight, adapter, seed = saved
     (A, B, h), terms, scale = adapter, options.terms, options.scale
     need_x, need_A, need_B, need_h = needs
-    c, keep_scale = coefficients(h, A.shape[0], options.terms), 1.0 / (1.0 - options.dropout_p)
+    c, kept = coefficients(h, A.shape[0], options.terms), keep_scale(options.dropout_p)
     composed = options.plan == "composed"
     dx = dA = dB = dh = None
     if need_x and weight is not None:
         dx = dy @ (_composed(weight, adapter, options) if composed else weight)
     dropped = None if x is None else _dropped(x, seed, options)
     if (need_x and not composed) or need_A:
-        v = scaled_product(dy, expand(B.t(), terms, dy.dtype).t(), scale * keep_scale)
+        v = scaled_product(dy, expand(B.t(), terms, dy.dtype).t(), scale * kept)
     if need_x and not composed:
         phi_A = expand(A, terms, dy.dtype, c)
         if dx is not None and options.dropout_p == 0.0:
@@ -102,7 +102,7 @@ def backward(
     if need_B or need_h:
         if u is None:
             assert dropped is not None
-            u = scaled_product(dropped, expand(A, terms, dy.dtype).t(), keep_scale)
+            u = scaled_product(dropped, expand(A, terms, dy.dtype).t(), kept)
         dB, dh = contract(scaled_product(u.t(), dy, scale), B.t(), terms, c, h if need_h else None)
         dB = dB.t().contiguous()
     return dx, dA, dB, dh

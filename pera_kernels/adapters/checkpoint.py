@@ -21,7 +21,7 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 from torch import nn
 
-from ..checks import FLOATING, check_adapter
+from ..checks import FLOATING, check_adapter, check_model
 from ..module import AdapterOptions, PeraLinear, features
 from ..terms import TERMS
 from . import files
@@ -84,8 +84,7 @@ def unwrapped(model: nn.Module) -> nn.Module:
 
 
 def _adapted(model: nn.Module, to: str) -> dict[str, PeraLinear]:
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model must be an nn.Module; got {type(model).__name__}")
+    check_model(model)
     layers = adapted_modules(model)
     if not layers:
         raise ValueError(f"model has no adapter to {to}: call inject first")
@@ -443,8 +442,7 @@ def load_adapter(
             model: what is missing, unexpected or of another shape is listed. The model is
             unchanged.
     """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model must be an nn.Module; got {type(model).__name__}")
+    check_model(model)
     read = read_adapter(folder)
     return place(unwrapped(model), read, strict, overwrite, backend, adapter_dtype)
 

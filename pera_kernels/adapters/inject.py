@@ -10,6 +10,7 @@ from typing import TypeVar
 import torch
 from torch import nn
 
+from ..checks import check_model
 from ..module import AdapterOptions, PeraLinear, PeraOverModule, features
 from ..terms import Terms
 from . import shared_inputs as sharing
@@ -66,7 +67,7 @@ def _targets(
         if isinstance(layer, PeraLinear):
             raise ValueError(f"{name} is a PeraLinear already; each layer takes one adapter")
         if features(layer) is None:
-            if isinstance(wanted, re.Pattern):
+            if isinstance(wanted, re.Pattern) or ".parametrizations." in name:
                 continue
             raise ValueError(
                 f"{name} is a {type(layer).__name__}, not a linear layer: an adapter needs "
@@ -136,8 +137,7 @@ def inject(
             that cannot be adapted (a layer whose weight is read and that is never called, one with
             lazy parameters); the model is unchanged.
     """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model must be an nn.Module; got {type(model).__name__}")
+    check_model(model)
     wanted = _check_targets(target_modules)
     groups = sharing.check_shared_inputs(shared_inputs)
     options = AdapterOptions(r, alpha, terms, dropout, init, adapter_dtype, backend, plan)
@@ -193,6 +193,12 @@ def adopt(
     """Put adapters with these options, which are by name, in these places, freeze everything else,
     and let the modules ``trained`` train. If anything fails, nothing is changed.
     """
+    lazy = [name for name, p in model.named_parameters() if nn.parameter.is_lazy(p)]
+    if lazy:
+        raise ValueError(
+            f"model must have parameters with a shape; {', '.join(lazy[:8])} get theirs in its "
+            "first call: call the model once before"
+        )
     trainable = [(p, p.requires_grad) for p in model.parameters()]
     # A layer that stands under two names keeps doing so: one adapter for both.
     adapted: dict[nn.Module, PeraLinear] = {}
@@ -233,6 +239,7 @@ def _record_ties(model: nn.Module, layers: Iterable[PeraLinear]) -> None:
 
 def adapted_modules(model: nn.Module) -> dict[str, PeraLinear]:
     """The model's :class:`PeraLinear` layers by name."""
+    check_model(model)
     return {name: m for name, m in model.named_modules() if isinstance(m, PeraLinear)}
 
 

@@ -114,6 +114,7 @@ def _plain(layer: PeraLinear) -> nn.Module:
     """The layer that was adapted, or one like it around the same parameters."""
     if isinstance(layer, PeraOverModule):
         return layer.base_layer
+    layer.check_plain_weight()
     linear = nn.Linear(
         layer.in_features,
         layer.out_features,

@@ -57,8 +57,9 @@ def grouped(
         ValueError: none of them does.
     """
     adapter = {id(p) for p in (*factors, *hs)}
-    factors = [p for p in factors if p.requires_grad]
-    hs = [p for p in hs if p.requires_grad]
+    # A parameter that several layers share is in a group once.
+    factors = [p for p in dict.fromkeys(factors) if p.requires_grad]
+    hs = [p for p in dict.fromkeys(hs) if p.requires_grad]
     if not factors and not hs:
         raise ValueError(
             f"model has no trainable adapter: call inject first; got {type(model).__name__}"

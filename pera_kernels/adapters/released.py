@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from ..checks import check_model
 from ..terms import coefficient_count
 from . import files
 from .checkpoint import PREFIX, AdapterFile, Incompatible, _check_modules, place, unwrapped
@@ -48,8 +49,7 @@ def load_released(
         ValueError: the file is damaged, holds more than tensors, or does not fit the model, which
             is unchanged.
     """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model must be an nn.Module; got {type(model).__name__}")
+    check_model(model)
     file = _file(Path(path))
     tensors = _read(file)
     by_module: dict[str, dict[str, torch.Tensor]] = {}

@@ -18,6 +18,7 @@ from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from .. import functional
 from ..autograd import autocast_dtype
+from ..checks import check_model
 from ..module import PeraOverModule
 from ..operands import Base, Factors, Options
 from .hooks import OwnHook, remove_hooks
@@ -237,8 +238,7 @@ def shared_inputs(
     Raises:
         ValueError: ``names`` is not a list of groups of at least two names.
     """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model must be an nn.Module; got {type(model).__name__}")
+    check_model(model)
     groups = check_shared_inputs(names)
     found: dict[str, tuple[str, ...]] = {}
     for path, module in model.named_modules():

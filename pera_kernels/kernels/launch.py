@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from ..dropout import drop_threshold
+from ..dropout import drop_threshold, keep_scale
 from ..terms import Terms, expanded_rank, lane_count, offsets
 
 __all__ = ["Dropout", "Factor", "Launch", "in_memory", "launch", "on_device", "recorded"]
@@ -67,7 +67,7 @@ class Dropout:
 
     @property
     def keep_scale(self) -> float:
-        return 1.0 / (1.0 - self.p)
+        return keep_scale(self.p)
 
 
 NO_DROPOUT = Dropout(0.0, None)
