@@ -31,7 +31,7 @@ def draw_seed(device: torch.device) -> torch.Tensor:
 
 
 def drop_threshold(p: float) -> int:
-    """The lot from which an element survives: ``p`` in units of ``2**-16``, and one lot survives."""
+    """The lot from which an element survives: ``p`` in units of ``2**-16``, below 1."""
     return min(round(p * 2**LOT_BITS), 2**LOT_BITS - 1)
 
 

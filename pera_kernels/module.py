@@ -350,8 +350,9 @@ class PeraLinear(nn.Module):
         if self._parameters.get("weight") is None:
             raise TypeError(
                 "the weight must be a parameter of the layer to be merged, unmerged or unloaded; "
-                "this one is computed (by a parametrization, weight normalisation or pruning): make "
-                "it permanent first, as torch.nn.utils.parametrize.remove_parametrizations does"
+                "this one is computed (by a parametrization, weight normalisation or pruning): "
+                "make it permanent first, for example by "
+                "torch.nn.utils.parametrize.remove_parametrizations"
             )
 
     def _refuse_tied(self) -> None:
