@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import math
 import os
-import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,11 +16,13 @@ import torch
 from torch import nn
 
 from .. import reference
-from ..checks import FLOATING
+from ..checks import FLOATING, check_adapter
+from ..module import PeraLinear
 from ..terms import Terms, check_rank
 from . import files
+from .beside import Beside, beside_in, is_adapted, tree
 from .checkpoint import CONFIG_FILE, TENSORS_FILE, unwrapped
-from .inject import adapted_modules
+from .inject import named_places
 
 __all__ = ["AdapterView", "LoraExport", "adapters_of", "export_lora", "vllm_max_lora_rank"]
 
@@ -48,8 +49,10 @@ class LoraExport:
     """What :func:`export_lora` wrote.
 
     ``rank`` is that of every module (K′, padded), ``ranks`` what each of them needs, ``errors`` the
-    relative error ‖ΔW − lora_B lora_A‖_F / ‖ΔW‖_F of each before rounding to ``dtype``, all zero
-    for a lossless export. ``vllm_max_lora_rank`` is None where vLLM has no such rank.
+    relative error ‖ΔW − lora_B lora_A‖_F / ‖ΔW‖_F of what was written, rounding included, where ΔW
+    is that of the adapter's parameters in float64. ``vllm_max_lora_rank`` is None where vLLM has no
+    such rank. ``modules_to_save`` and ``biases`` were trained beside the adapters and are written
+    as they are.
     """
 
     folder: Path
@@ -59,9 +62,16 @@ class LoraExport:
     errors: dict[str, float]
     dtype: torch.dtype
     vllm_max_lora_rank: int | None
+    modules_to_save: tuple[str, ...] = ()
+    biases: tuple[str, ...] = ()
 
     def __str__(self) -> str:
-        if self.vllm_max_lora_rank is not None:
+        if self.modules_to_save or self.biases:
+            vllm = (
+                "vLLM: refuses a LoRA with whole modules or biases, and other engines leave them "
+                "out; merge"
+            )
+        elif self.vllm_max_lora_rank is not None:
             vllm = f"vLLM: --max-lora-rank {self.vllm_max_lora_rank}"
         else:
             vllm = (
@@ -71,10 +81,15 @@ class LoraExport:
             )
         worst = max(self.errors.values())
         error = "exact" if worst == 0.0 else f"relative error at most {worst:.3g}"
-        return (
+        lines = [
             f"{len(self.ranks)} modules as LoRA of rank {self.rank}, alpha {self.alpha:g}, "
-            f"{str(self.dtype).removeprefix('torch.')}, {error}: {self.folder}\n{vllm}"
-        )
+            f"{str(self.dtype).removeprefix('torch.')}, {error}: {self.folder}"
+        ]
+        for what, names in (("whole", self.modules_to_save), ("the biases of", self.biases)):
+            if names:
+                more = f", ... ({len(names)})" if len(names) > 8 else ""
+                lines.append(f"Trained beside them: {what} {', '.join(names[:8])}{more}")
+        return "\n".join([*lines, vllm])
 
 
 def vllm_max_lora_rank(rank: int) -> int | None:
@@ -83,35 +98,115 @@ def vllm_max_lora_rank(rank: int) -> int | None:
 
 
 def adapters_of(model: nn.Module, adapter: str | None = None) -> dict[str, AdapterView]:
-    """Every PERA adapter in ``model`` by its module's name: of :class:`PeraLinear`, or of PEFT.
+    """Every PERA adapter in ``model`` by its module's name: of :class:`PeraLinear`, and of PEFT.
 
     Args:
         adapter: the name of a PEFT adapter; by default the active one.
+
+    Raises:
+        ValueError: two adapters in one place, or a layer of another method of PEFT.
     """
-    found = {
-        name: AdapterView(m.pera_A, m.pera_B, m.pera_h, m.scale, m.terms, m.merged)
-        for name, m in adapted_modules(model).items()
-    }
-    if found:
-        return found
-    # PEFT's layers say it themselves, so that this module need not know PEFT.
-    for name, module in model.named_modules():
-        view = getattr(module, "pera_view", None)
-        own = view(adapter) if callable(view) else None
-        if own is not None:
-            found[name.removeprefix("base_model.model.")] = own
+    found: dict[str, AdapterView] = {}
+    seen: set[nn.Module] = set()
+    for name, module in tree(model):
+        # Of a module that stands under two names the first counts.
+        if module in seen:
+            continue
+        seen.add(module)
+        # PEFT's layers say it themselves, so that this module need not know PEFT.
+        if isinstance(module, PeraLinear):
+            m = module
+            view = AdapterView(m.pera_A, m.pera_B, m.pera_h, m.scale, m.terms, m.merged)
+        elif is_adapted(module):
+            view = module.pera_view(adapter)  # type: ignore[operator]
+        elif hasattr(type(module), "get_base_layer"):
+            raise ValueError(
+                f"{name} holds an adapter of another method, a {type(module).__name__}, which "
+                "would be missing in the export: merge it into the base first"
+            )
+        else:
+            continue
+        if view is None:
+            continue
+        if name in found:
+            raise ValueError(f"{name} holds two adapters, one around the other")
+        found[name] = view
     return found
 
 
-def _check_dtype(dtype: object) -> None:
+def _adapters_in(model: nn.Module, adapter: object) -> dict[str, AdapterView]:
+    """:func:`adapters_of`; there is one, and PEFT can put a LoRA in its place."""
+    if adapter is not None and not isinstance(adapter, str):
+        raise TypeError(f"adapter must be the name of a PEFT adapter or None; got {adapter!r}")
+    views = adapters_of(model, adapter)
+    layers = [m for _, m in tree(model) if is_adapted(m)]
+    of_peft = [m for m in layers if not isinstance(m, PeraLinear)]
+    names = dict.fromkeys(name for m in of_peft for name in m.pera_A)  # type: ignore[union-attr]
+    if adapter is not None and adapter not in names:
+        has = f"has {', '.join(map(repr, names))}" if names else "has no adapters with names"
+        raise ValueError(f"adapter must be one of a PEFT model's; got {adapter!r}, the model {has}")
+    if not views and names:
+        raise ValueError(
+            f"no PERA adapter is active; name one by adapter: {', '.join(map(repr, names))}"
+        )
+    if not views:
+        raise ValueError(f"model has no PERA adapter to export; got {type(model).__name__}")
+    if "" in views:
+        raise ValueError(
+            f"model is itself the adapted layer, a {type(model).__name__}, and PEFT replaces "
+            "layers inside a model; export the model around it"
+        )
+    places: dict[nn.Module, dict[tuple[nn.Module, str], str]] = {}
+    for name, parent, layer in named_places(model, layers):
+        places.setdefault(layer, {})[parent, name.rpartition(".")[2]] = name
+    for own in places.values():
+        if len(own) > 1:
+            raise ValueError(
+                f"{', '.join(own.values())} are one layer, and PEFT would put a LoRA in the first "
+                "of these places only; merge"
+            )
+    return views
+
+
+def _check_arguments(
+    dtype: object, pad_to: object, rank: object, base_model: object, **switches: object
+) -> None:
     if dtype is not None and dtype not in FLOATING:
-        raise TypeError(f"dtype must be float64, float32, bfloat16, float16 or None; got {dtype!r}")
+        raise TypeError(
+            "dtype must be torch.float64, torch.float32, torch.bfloat16, torch.float16 or None; "
+            f"got {dtype!r}"
+        )
+    for name, value in (("pad_to", pad_to), ("rank", rank)):
+        if value is not None:
+            check_rank(value, name)  # type: ignore[arg-type]
+    if base_model is not None and not isinstance(base_model, str):
+        raise TypeError(f"base_model must be a string or None; got {base_model!r}")
+    for name, value in switches.items():
+        if not isinstance(value, bool):
+            raise TypeError(f"{name} must be True or False; got {value!r}")
+
+
+def _checked_folder(folder: object) -> Path:
+    """The folder, which can be made and holds nothing that would be lost."""
+    if not isinstance(folder, (str, os.PathLike)) or not str(folder):
+        raise TypeError(f"folder must be the path of a folder; got {folder!r}")
+    path = Path(folder)
+    there = next((p for p in (path, *path.parents) if p.exists()), None)
+    if there is not None and not there.is_dir():
+        raise ValueError(f"folder must be a folder, to be made or there; {there} is a file")
+    config = path / CONFIG_FILE
+    if config.exists() and (kind := files.read_json(config).get("peft_type")) != "LORA":
+        raise ValueError(
+            f"folder holds an adapter that is no LoRA ({config}: peft_type {kind!r}), which would "
+            "be overwritten; choose another folder"
+        )
+    return path
 
 
 def export_lora(
     model: nn.Module,
     folder: str | os.PathLike[str],
-    pad_to: int = 16,
+    pad_to: int | None = None,
     dtype: torch.dtype | None = None,
     *,
     exact_scale: bool = False,
@@ -127,34 +222,40 @@ def export_lora(
     The factors are expanded in float32 (float64 for float64), s and h are folded into ``lora_B``,
     and every module is padded with zeros to one rank K′, with ``lora_alpha = r = K′``.
 
+    What is trained beside the adapters is written as it is, as PEFT writes it: PEFT's
+    ``modules_to_save`` and trained biases, and of every other parameter that requires a gradient
+    (a head, say) the module that it belongs to.
+
     Args:
-        model: with :class:`PeraLinear` layers, or a PEFT model with a PERA adapter.
-        pad_to: K′ is a multiple of it.
+        model: with :class:`PeraLinear` layers, or a PEFT model with a PERA adapter. Adapters are
+            written whether they are disabled or not, with the scale that they have now.
+        folder: is made if it is missing; a LoRA in it is replaced.
+        pad_to: K′ is a multiple of it; None means 16, and 1 with ``rank``.
         dtype: of the written factors; None means that of the adapters.
         exact_scale: leave s out of ``lora_B`` and write it as ``lora_alpha = s K``; it must be the
             same everywhere. Nothing is padded beyond the largest module's K, whatever ``pad_to``
             is. In float32 PEFT then computes what ``pera_kernels.reference`` does, bit for bit.
         prune_zero: leave out pairs whose coefficient is zero.
-        rank: approximate each ΔW by its best of at most this rank (truncated SVD), no longer
-            lossless; the errors are in the result.
+        rank: approximate each ΔW by its best of at most this rank (truncated SVD).
         base_model: name or path of the base model for the configuration.
         adapter: which adapter of a PEFT model; by default the active one.
         quiet: do not print the result.
 
     Returns:
-        What was written; printed as well, with the ``--max-lora-rank`` that vLLM needs.
+        What was written, with the error of every module; printed as well, with the
+        ``--max-lora-rank`` that vLLM needs.
 
     Raises:
-        TypeError, ValueError: an argument that does not fit, a model without adapters or with
-            merged ones, scales that differ with ``exact_scale``, or factors that overflow
-            ``dtype``. Nothing is written.
+        TypeError, ValueError: an argument that does not fit, a model without adapters, with merged
+            ones or with some that are not finite, scales that differ with ``exact_scale``, factors
+            that overflow ``dtype``, something trained that no LoRA checkpoint can hold, or a folder
+            that holds another kind of adapter. Nothing is written.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be an nn.Module; got {type(model).__name__}")
+    _check_arguments(dtype, pad_to, rank, base_model, quiet=quiet)
     model = unwrapped(model)
-    views = adapters_of(model, adapter)
-    if not views:
-        raise ValueError(f"model has no PERA adapter to export; got {type(model).__name__}")
+    views = _adapters_in(model, adapter)
     merged = [name for name, view in views.items() if view.merged]
     if merged:
         raise ValueError(
@@ -171,10 +272,32 @@ def export_lora(
         exact_scale=exact_scale,
         prune_zero=prune_zero,
         rank=rank,
+        beside=beside_in(model, views, adapter),
     )
     if not quiet:
         print(done)
     return done
+
+
+def _check_values(views: Mapping[str, AdapterView], beside: Beside) -> None:
+    """Whole tensors of finite values."""
+    tensors: dict[str, dict[str, torch.Tensor]]
+    tensors = {"": beside.tensors(views)}
+    for name, view in views.items():
+        try:
+            check_adapter(view.A, view.B, view.h, view.terms)
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"{name}: the adapter is not whole: {error}") from error
+        if not math.isfinite(view.scale):
+            raise ValueError(f"{name}: the scale is not finite; got {view.scale!r}")
+        parts = {"A": view.A, "B": view.B} | ({} if view.h is None else {"h": view.h})
+        tensors[f"{name}: pera_"] = parts
+    for where, own in tensors.items():
+        for name, tensor in own.items():
+            if tensor.is_meta:
+                raise ValueError(f"{where}{name} is on the meta device and has no values")
+            if not torch.isfinite(tensor).all():
+                raise ValueError(f"{where}{name} is not finite (infinite or NaN)")
 
 
 def export_views(
@@ -182,38 +305,39 @@ def export_views(
     folder: str | os.PathLike[str],
     target_modules: list[str],
     base_model: str | None,
-    pad_to: int,
+    pad_to: int | None,
     dtype: torch.dtype | None,
     *,
     exact_scale: bool,
     prune_zero: bool,
     rank: int | None,
+    beside: Beside | None = None,
 ) -> LoraExport:
     """:func:`export_lora` of adapters that need not be in a model."""
-    check_rank(pad_to, "pad_to")
-    _check_dtype(dtype)
-    if rank is not None:
-        check_rank(rank, "rank")
+    _check_arguments(
+        dtype, pad_to, rank, base_model, exact_scale=exact_scale, prune_zero=prune_zero
+    )
+    path = _checked_folder(folder)
+    beside = beside or Beside()
+    _check_values(views, beside)
     scale = _one_scale(views) if exact_scale else None
+    dtype = dtype or _common_dtype(views)
     factors, errors = {}, {}
     for name, view in views.items():
-        lora_A, lora_B = expanded(view, prune_zero, scale is None)
-        errors[name] = 0.0
-        if rank is not None and rank < lora_A.shape[0]:
-            lora_A, lora_B, errors[name] = best_of_rank(lora_A, lora_B, rank)
+        lora_A, lora_B, errors[name] = _written(view, dtype, prune_zero, scale is None, rank)
+        for what, factor in (("lora_A", lora_A), ("lora_B", lora_B)):
+            if not torch.isfinite(factor).all():
+                raise ValueError(f"{name}: {what} overflows {dtype}; export in another dtype")
         factors[name] = lora_A, lora_B
     ranks = {name: lora_A.shape[0] for name, (lora_A, _) in factors.items()}
-    dtype = dtype or _common_dtype(views)
     # Padding a product with zeros changes the order in which a library sums it.
+    pad_to = (16 if rank is None else 1) if pad_to is None else pad_to
     padded = -(-max(ranks.values()) // pad_to) * pad_to if scale is None else max(ranks.values())
-    tensors = {}
-    for name, (lora_A, lora_B) in factors.items():
-        for part, factor, dim in (("lora_A", lora_A, 0), ("lora_B", lora_B, 1)):
-            rounded = _pad(factor.to(dtype), padded, dim)
-            if not torch.isfinite(rounded).all() and torch.isfinite(factor).all():
-                raise ValueError(f"{name}: {part} overflows {dtype}; export in another dtype")
-            tensors[f"base_model.model.{name}.{part}.weight"] = rounded
     alpha: float = padded if scale is None else _alpha(scale, padded, dtype)
+    tensors = {f"base_model.model.{name}": t for name, t in beside.tensors(views).items()}
+    for name, (lora_A, lora_B) in factors.items():
+        tensors[f"base_model.model.{name}.lora_A.weight"] = _pad(lora_A, padded, 0)
+        tensors[f"base_model.model.{name}.lora_B.weight"] = _pad(lora_B, padded, 1)
     config = {
         "peft_type": "LORA",
         "task_type": None,
@@ -222,19 +346,28 @@ def export_views(
         "lora_alpha": alpha,
         "lora_dropout": 0.0,
         "target_modules": target_modules,
-        "bias": "none",
+        "bias": beside.bias(views),
         "fan_in_fan_out": any(view.fan_in_fan_out for view in views.values()),
         "inference_mode": True,
         "init_lora_weights": True,
-        "modules_to_save": None,
+        "modules_to_save": list(beside.wanted) or None,
         "use_dora": False,
         "use_rslora": False,
     }
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    files.write_safetensors(folder / TENSORS_FILE, tensors, {})
-    files.write_json(folder / CONFIG_FILE, config)
-    return LoraExport(folder, padded, alpha, ranks, errors, dtype, vllm_max_lora_rank(padded))
+    path.mkdir(parents=True, exist_ok=True)
+    files.write_safetensors(path / TENSORS_FILE, tensors, {})
+    files.write_json(path / CONFIG_FILE, config)
+    return LoraExport(
+        path,
+        padded,
+        alpha,
+        ranks,
+        errors,
+        dtype,
+        vllm_max_lora_rank(padded),
+        tuple(beside.modules),
+        tuple(beside.biases),
+    )
 
 
 def _one_scale(views: Mapping[str, AdapterView]) -> float:
@@ -261,10 +394,15 @@ def _alpha(scale: float, rank: int, dtype: torch.dtype) -> float:
 
 @torch.no_grad()
 def expanded(
-    view: AdapterView, prune_zero: bool = False, fold_scale: bool = True
+    view: AdapterView,
+    prune_zero: bool = False,
+    fold_scale: bool = True,
+    work: torch.dtype = torch.float32,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """lora_A ``(K, N)`` and lora_B ``(M, K)`` in at least float32, on the CPU."""
-    work = torch.promote_types(view.A.dtype, torch.float32)
+    """lora_A ``(K, N)`` and lora_B ``(M, K)`` on the CPU, in ``work`` or what is wider of the
+    adapter's dtype.
+    """
+    work = torch.promote_types(view.A.dtype, work)
     A, B = view.A.detach().to("cpu", work), view.B.detach().to("cpu", work)
     h = None if view.h is None else view.h.detach().to("cpu", work)
     phi_A, phi_B = reference.expanded_factors(A, B, h, view.terms)
@@ -275,23 +413,62 @@ def expanded(
     return phi_A, phi_B * view.scale if fold_scale else phi_B
 
 
-def best_of_rank(
-    lora_A: torch.Tensor, lora_B: torch.Tensor, rank: int
-) -> tuple[torch.Tensor, torch.Tensor, float]:
-    """The best approximation of ``lora_B @ lora_A`` by factors of ``rank``, and its relative error.
+# lora_A (K, N) and lora_B (M, K).
+Pair = tuple[torch.Tensor, torch.Tensor]
 
-    Computed in float64 from the two factors; the product itself is never formed.
+
+def _written(
+    view: AdapterView, dtype: torch.dtype, prune_zero: bool, fold_scale: bool, rank: int | None
+) -> tuple[torch.Tensor, torch.Tensor, float]:
+    """lora_A and lora_B as they are written, and the relative error of their product."""
+    # A scale that is left out is left out of both, and the ratio stays the same.
+    exact_A, exact_B = expanded(view, prune_zero, fold_scale, torch.float64)
+    left_out: list[Pair] = []
+    if rank is None or rank >= exact_A.shape[0]:
+        work = torch.promote_types(dtype, torch.float32)
+        lora_A, lora_B = (t.to(dtype) for t in expanded(view, prune_zero, fold_scale, work))
+    else:
+        (exact_A, exact_B), rest = _split(exact_A, exact_B, rank)
+        lora_A, lora_B, left_out = exact_A.to(dtype), exact_B.to(dtype), [rest]
+    # With Â = A + δA and B̂ = B + δB the error is B̂ δA + δB A: nothing cancels.
+    A, B = lora_A.double(), lora_B.double()
+    error = product_norm([(A - exact_A, B), (exact_A, B - exact_B), *left_out])
+    if error == 0.0:
+        return lora_A, lora_B, 0.0
+    norm = product_norm([(exact_A, exact_B), *left_out])
+    return lora_A, lora_B, error / norm if norm > 0.0 else math.inf
+
+
+def product_norm(pairs: Sequence[Pair]) -> float:
+    """‖Σ B A‖_F over pairs (A, B) from two Gram matrices, without forming a product."""
+    A, B = torch.cat([A for A, _ in pairs]), torch.cat([B for _, B in pairs], 1)
+    square = float(((B.mT @ B) * (A @ A.mT)).sum())
+    # Written so that NaN stays NaN.
+    return 0.0 if square < 0.0 else math.sqrt(square)
+
+
+def _split(lora_A: torch.Tensor, lora_B: torch.Tensor, rank: int) -> tuple[Pair, Pair]:
+    """The best approximation of ``lora_B @ lora_A`` by factors of at most ``rank``, and what it
+    leaves out; in float64, from the two factors: the product itself is never formed.
     """
     Q_B, R_B = torch.linalg.qr(lora_B.double())
     Q_A, R_A = torch.linalg.qr(lora_A.double().t())
-    U, S, V = torch.linalg.svd(R_B @ R_A.t())
-    keep = min(rank, len(S))
-    whole = float(S.square().sum())
-    error = math.sqrt(float(S[keep:].square().sum()) / whole) if whole else 0.0
-    root = S[:keep].sqrt()
-    new_B = Q_B @ (U[:, :keep] * root)
-    new_A = (V[:keep] * root.unsqueeze(1)) @ Q_A.t()
-    return new_A.to(lora_A.dtype), new_B.to(lora_B.dtype), error
+    U, S, V = torch.linalg.svd(R_B @ R_A.t(), full_matrices=False)
+    root = S.sqrt()
+    A, B = (V * root.unsqueeze(1)) @ Q_A.t(), Q_B @ (U * root)
+    return (A[:rank], B[:, :rank]), (A[rank:], B[:, rank:])
+
+
+def best_of_rank(
+    lora_A: torch.Tensor, lora_B: torch.Tensor, rank: int
+) -> tuple[torch.Tensor, torch.Tensor, float]:
+    """The best approximation of ``lora_B @ lora_A`` by factors of ``rank``, and its relative error
+    before rounding.
+    """
+    kept, rest = _split(lora_A, lora_B, rank)
+    norm = product_norm([kept, rest])
+    error = product_norm([rest]) / norm if norm else 0.0
+    return kept[0].to(lora_A.dtype), kept[1].to(lora_B.dtype), error
 
 
 def _pad(factor: torch.Tensor, rank: int, dim: int) -> torch.Tensor:
@@ -314,18 +491,10 @@ def _name(model: nn.Module) -> str | None:
     return name if isinstance(name, str) and name else None
 
 
-def _plain_names(model: nn.Module) -> Iterator[str]:
-    """Names of the modules without what PEFT puts around and into them."""
-    for name, module in model.named_modules():
-        if not hasattr(module, "get_base_layer") and re.search(r"\.(base_layer|pera_\w+)", name):
-            continue
-        yield name.removeprefix("base_model.model.")
-
-
 def _target_modules(model: nn.Module, names: list[str]) -> list[str]:
     """Last segments of the names, which engines know, if they stand for these modules and no
     others; else whole names.
     """
     short = sorted({name.rpartition(".")[2] for name in names})
-    matched = {n for n in _plain_names(model) if n.rpartition(".")[2] in short}
+    matched = {n for n, _ in tree(model) if n.rpartition(".")[2] in short}
     return short if matched == set(names) else names
