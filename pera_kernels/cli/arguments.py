@@ -111,7 +111,7 @@ def build(commands: Mapping[str, Callable[[argparse.Namespace], int]]) -> Parser
     own.add_argument("adapter", metavar="ADAPTER", help="folder of save_adapter or of PEFT")
     own.add_argument("out", metavar="OUT", help="folder to write")
     add = own.add_argument
-    add("--pad-to", type=_whole, default=16, help="the rank is a multiple of it (16)")
+    add("--pad-to", type=_whole, help="the rank is a multiple of it (16; 1 with --rank)")
     add("--dtype", type=_dtype, help=f"{', '.join(DTYPES)} (that of the adapter)")
     add("--exact-scale", action="store_true", help="keep the scale out of lora_B")
     add("--prune-zero", action="store_true", help="drop pairs whose coefficient is zero")

@@ -4,23 +4,34 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import shutil
 import tempfile
 from pathlib import Path
 from typing import Any
 
-from ..adapters import merge as merging
-from ..adapters.checkpoint import place, read_adapter
+from ..adapters.beside import beside_of
+from ..adapters.checkpoint import read_adapter
 from ..adapters.export import AdapterView, LoraExport, export_views
 from . import describe
-from .tables import progress, shown, table
+from .merging import add_to, parameters_of
+from .tables import shown, table
 from .verify import verify
 
 __all__ = ["COMMANDS"]
 
 
 def _print_json(value: Any) -> None:
-    print(json.dumps(value, indent=2, ensure_ascii=False, default=str))
+    print(json.dumps(_finite(value), indent=2, ensure_ascii=False, default=str, allow_nan=False))
+
+
+def _finite(value: Any) -> Any:
+    """JSON has no NaN and no infinity: they become the strings "nan", "inf" and "-inf"."""
+    if isinstance(value, dict):
+        return {key: _finite(own) for key, own in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(own) for own in value]
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def info(given: argparse.Namespace) -> int:
@@ -74,7 +85,12 @@ def inspect(given: argparse.Namespace) -> int:
         + f". As plain LoRA: rank {found['lora_rank']}, "
         + (f"vLLM --max-lora-rank {vllm}." if vllm else "more than any --max-lora-rank of vLLM.")
     )
-    broken = [name for name, own in found["modules"].items() if not own["finite"]]
+    beside = found["trained_beside"]
+    if beside:
+        count = sum(own["parameters"] for own in beside.values())
+        print(f"Trained beside them, {count:,} parameters: {', '.join(beside)}")
+    own_and_beside = {**found["modules"], **beside}
+    broken = [name for name, own in own_and_beside.items() if not own["finite"]]
     if broken:
         print(f"Not finite: {', '.join(broken)}")
     return 0
@@ -90,6 +106,7 @@ def export_lora(given: argparse.Namespace) -> int:
             read.options[name]["alpha"] / read.options[name]["r"],
             read.options[name]["terms"],
             merged=False,
+            fan_in_fan_out=bool(read.config.get("fan_in_fan_out")),
         )
         for name, own in read.tensors.items()
     }
@@ -104,6 +121,7 @@ def export_lora(given: argparse.Namespace) -> int:
         exact_scale=given.exact_scale,
         prune_zero=given.prune_zero,
         rank=given.rank,
+        beside=beside_of(parameters_of(read), views, read.config.get("modules_to_save") or ()),
     )
     if given.json:
         _print_json(_told(done))
@@ -119,10 +137,31 @@ def _told(done: LoraExport) -> dict[str, Any]:
 def _refuse_filled(out: Path) -> None:
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ValueError(f"{out} exists and is not an empty folder: nothing is overwritten")
+    if file := next((above for above in out.parents if above.is_file()), None):
+        raise ValueError(f"{out} cannot be made: {file} is a file")
 
 
 # What a model's folder holds besides its weights and what saving writes again.
 _WEIGHTS = ("*.safetensors", "*.bin", "*.pt", "*.pth", "*.gguf", "*.index.json")
+
+
+def _loaded(architecture: Any, base: Path, dtype: Any) -> Any:
+    """The base model with all of its weights."""
+    from safetensors import SafetensorError
+
+    try:
+        model, report = architecture.from_pretrained(
+            base, dtype=dtype or "auto", local_files_only=True, output_loading_info=True
+        )
+    except (RuntimeError, SafetensorError) as error:
+        raise ValueError(f"{base} cannot be loaded: {error}") from error
+    if lacking := sorted(report["missing_keys"]):
+        more = ", ..." if len(lacking) > 4 else ""
+        raise ValueError(
+            f"{base} lacks {len(lacking)} weights of {architecture.__name__}, which would be "
+            f"random: {', '.join(lacking[:4])}{more}"
+        )
+    return model
 
 
 def merge(given: argparse.Namespace) -> int:
@@ -144,11 +183,8 @@ def merge(given: argparse.Namespace) -> int:
             f"{base} names no architecture that transformers has: "
             f"{getattr(config, 'architectures', None)}"
         )
-    model = getattr(transformers, names[0]).from_pretrained(
-        base, dtype=given.dtype or "auto", local_files_only=True
-    )
-    place(model, read, strict=True, overwrite=False, backend="auto")
-    merging.unload(model, progress=lambda items: progress(items, "merging"))
+    model = _loaded(getattr(transformers, names[0]), base, given.dtype)
+    add_to(model, read)
     out.parent.mkdir(parents=True, exist_ok=True)
     # The folder appears when it is whole.
     new = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))

@@ -12,13 +12,14 @@ from typing import Any
 
 import torch
 
-from .. import __version__, backends, reference
+from .. import __version__, backends
 from ..adapters.checkpoint import AdapterFile
-from ..adapters.export import vllm_max_lora_rank
+from ..adapters.export import AdapterView, expanded, product_norm, vllm_max_lora_rank
 from ..checks import BACKENDS
 from ..kernels import interpreting, tiles
 from ..module import quadratic_share
 from ..terms import expanded_rank
+from .merging import parameters_of
 
 __all__ = ["adapter", "commit", "installation", "version"]
 
@@ -81,9 +82,11 @@ def adapter(read: AdapterFile) -> dict[str, Any]:
         options = read.options[name]
         A, B, h = own["pera_A"], own["pera_B"], own.get("pera_h")
         K = expanded_rank(options["r"], options["terms"])
+        scale = options["alpha"] / options["r"]
+        view = AdapterView(A, B, h, scale, options["terms"], merged=False)
         modules[name] = {
             **options,
-            "scale": options["alpha"] / options["r"],
+            "scale": scale,
             "in_features": A.shape[1],
             "out_features": B.shape[0],
             "dtype": str(A.dtype).removeprefix("torch."),
@@ -91,9 +94,18 @@ def adapter(read: AdapterFile) -> dict[str, Any]:
             "expanded_rank": K,
             "zero_coefficients": None if h is None else int((h == 0).sum()),
             "quadratic_share": quadratic_share(A, B, h, options["terms"]),
-            "delta_norm": _norm(A, B, h, options),
+            "delta_norm": product_norm([expanded(view, work=torch.float64)]),
             "finite": all(bool(torch.isfinite(tensor).all()) for tensor in own.values()),
         }
+    beside = {
+        name: {
+            "shape": list(tensor.shape),
+            "dtype": str(tensor.dtype).removeprefix("torch."),
+            "parameters": tensor.numel(),
+            "finite": bool(torch.isfinite(tensor).all()),
+        }
+        for name, tensor in parameters_of(read).items()
+    }
     lora = max(own["expanded_rank"] for own in modules.values())
     padded = -(-lora // 16) * 16
     return {
@@ -103,15 +115,5 @@ def adapter(read: AdapterFile) -> dict[str, Any]:
         "lora_rank": padded,
         "vllm_max_lora_rank": vllm_max_lora_rank(padded),
         "modules": modules,
+        "trained_beside": beside,
     }
-
-
-def _norm(
-    A: torch.Tensor, B: torch.Tensor, h: torch.Tensor | None, options: dict[str, Any]
-) -> float:
-    """‖ΔW‖_F, without forming ΔW."""
-    phi_A, phi_B = reference.expanded_factors(
-        A.double(), B.double(), None if h is None else h.double(), options["terms"]
-    )
-    square = float(((phi_B.mT @ phi_B) * (phi_A @ phi_A.mT)).sum())
-    return options["alpha"] / options["r"] * max(0.0, square) ** 0.5

@@ -1,0 +1,114 @@
+"""``merge``: an adapter file added to the weights of a plain transformers model."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..adapters.checkpoint import AdapterFile
+from ..adapters.merge import refuse_shared
+from ..checks import FLOATING
+from ..functional import delta_weight
+from ..module import is_plain_linear, unobserved
+from .tables import progress
+
+__all__ = ["add_to", "parameters_of"]
+
+
+def parameters_of(read: AdapterFile) -> dict[str, torch.Tensor]:
+    """What the file holds beside adapters, by the parameters' names in the base model."""
+    found = {}
+    for key, tensor in getattr(read, "parameters", {}).items():
+        name, _, part = key.rpartition(".base_layer.")
+        found[f"{name}.{part}" if name in read.tensors else key] = tensor
+    return found
+
+
+def add_to(model: nn.Module, read: AdapterFile) -> None:
+    """Copy what the file holds beside its adapters into ``model``, and add every ΔW, formed in
+    float32, to its weight, which is rounded once.
+
+    Raises:
+        TypeError, ValueError: the file does not fit the model, a weight is not dense or is shared,
+            or a result is not finite. The model is to be thrown away then.
+    """
+    weights = _weights(model, read)
+    _copy_parameters(model, read)
+    with torch.no_grad():
+        for name, own in progress(list(read.tensors.items()), "merging"):
+            weight, transposed = weights[name]
+            work = torch.promote_types(weight.dtype, torch.float32)
+            h = own.get("pera_h")
+            delta = delta_weight(
+                own["pera_A"].to(work),
+                own["pera_B"].to(work),
+                None if h is None else h.to(work),
+                scale=read.options[name]["alpha"] / read.options[name]["r"],
+                terms=read.options[name]["terms"],
+            )
+            merged = ((delta.t() if transposed else delta) + weight).to(weight.dtype)
+            _check_finite(f"{name}.weight", merged)
+            weight.copy_(merged)
+
+
+def _weights(model: nn.Module, read: AdapterFile) -> dict[str, tuple[torch.Tensor, bool]]:
+    """The weight of every module in the file, and whether it is stored (in, out)."""
+    from transformers.pytorch_utils import Conv1D
+
+    modules = dict(model.named_modules(remove_duplicate=False))
+    found: dict[str, tuple[torch.Tensor, bool]] = {}
+    for name, own in read.tensors.items():
+        layer: Any = modules.get(name)
+        if layer is None:
+            raise ValueError(_misfit(read, model, f"the model has no module {name!r}"))
+        transposed = type(layer) is Conv1D and unobserved(layer)
+        weight = getattr(layer, "weight", None)
+        if not (transposed or is_plain_linear(layer)) or not (
+            type(weight) is nn.Parameter and weight.dtype in FLOATING
+        ):
+            raise TypeError(
+                f"{name} must be a plain dense nn.Linear or Conv1D to merge into; it is a "
+                f"{type(layer).__name__} with a weight of type {type(weight).__name__}"
+            )
+        has = tuple(reversed(weight.shape)) if transposed else tuple(weight.shape)
+        wants = (own["pera_B"].shape[0], own["pera_A"].shape[1])
+        if has != wants:
+            raise ValueError(
+                _misfit(read, model, f"{name} is {has} (out, in), its adapter is for {wants}")
+            )
+        found[name] = weight, transposed
+    refuse_shared(model, {f"{name}.weight": weight for name, (weight, _) in found.items()})
+    return found
+
+
+@torch.no_grad()
+def _copy_parameters(model: nn.Module, read: AdapterFile) -> None:
+    # Buffers too: a module that was saved whole has all of its own.
+    own = dict(model.named_parameters(remove_duplicate=False)) | dict(model.named_buffers())
+    given = parameters_of(read)
+    for name, tensor in given.items():
+        if name not in own:
+            raise ValueError(_misfit(read, model, f"the model has no parameter {name!r}"))
+        if own[name].shape != tensor.shape:
+            shapes = f"{tuple(own[name].shape)}, in the file {tuple(tensor.shape)}"
+            raise ValueError(_misfit(read, model, f"{name} is {shapes}"))
+    if read.config.get("peft_type") is not None:
+        # PEFT trains a copy: what else the model uses the weight for goes on with the old one.
+        refuse_shared(model, {name: own[name] for name in given})
+    for name, tensor in given.items():
+        own[name].copy_(tensor)
+        _check_finite(name, own[name])
+
+
+def _misfit(read: AdapterFile, model: nn.Module, reason: str) -> str:
+    return f"the adapter in {read.path} does not fit this {type(model).__name__}: {reason}"
+
+
+def _check_finite(name: str, tensor: torch.Tensor) -> None:
+    if not torch.isfinite(tensor).all():
+        count = int((~torch.isfinite(tensor)).sum())
+        raise ValueError(
+            f"{name}: merging would make {count} of {tensor.numel()} values infinite or NaN"
+        )
