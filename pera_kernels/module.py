@@ -549,8 +549,8 @@ def quadratic_share(
     h = None if h is None else h.double()
     phi_A, phi_B = reference.expanded_factors(A.double(), B.double(), h, terms)
     r = A.shape[0]
-    linear = _product_norm(phi_B[:, :r], phi_A[:r])
-    quadratic = _product_norm(phi_B[:, r:], phi_A[r:])
+    linear = product_norm(phi_B[:, :r], phi_A[:r])
+    quadratic = product_norm(phi_B[:, r:], phi_A[r:])
     if math.isnan(linear) or math.isnan(quadratic):
         return math.nan
     if quadratic == 0.0:
@@ -558,6 +558,6 @@ def quadratic_share(
     return quadratic / linear if linear > 0.0 else math.inf
 
 
-def _product_norm(B: torch.Tensor, A: torch.Tensor) -> float:
-    """‖B A‖_F from the two Gram matrices, without forming the product."""
+def product_norm(B: torch.Tensor, A: torch.Tensor) -> float:
+    """‖B A‖_F from the two Gram matrices, without forming the product; NaN where one is."""
     return float(((B.mT @ B) * (A @ A.mT)).sum().clamp(min=0.0).sqrt())

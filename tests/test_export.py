@@ -1,6 +1,8 @@
 """Export to plain LoRA, judged by the real PEFT."""
 
 import json
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -8,6 +10,7 @@ from torch import nn
 
 import pera_kernels as pk
 from pera_kernels.adapters.beside import beside_of
+from pera_kernels.adapters.checkpoint import AdapterFile, read_adapter
 from pera_kernels.adapters.export import best_of_rank, vllm_max_lora_rank
 from tests.adapted import plain_model, refused, trained
 
@@ -285,19 +288,21 @@ def test_what_is_trained_beside_adapters(kind, tmp_path, x, capsys):
     with torch.no_grad():
         torch.testing.assert_close(in_peft(tmp_path, tagger())(x), model(x))
     # The same of a file, which has no model at hand.
-    named = {n: p.detach() for n, p in model.named_parameters() if n in trains}
-    beside = beside_of(named, {"body.0.up"})
+    pk.save_adapter(model, tmp_path / "own")
+    beside = beside_of(read_adapter(tmp_path / "own"))
     assert beside.bias({"body.0.up"}) == bias and list(beside.wanted) == (modules or [])
 
 
 def test_modules_that_peft_saved_are_put_together():
-    names = ("a.head.0.weight", "a.head.1.bias", "b.up.base_layer.bias", "b.norm.bias")
-    beside = beside_of({name: torch.ones(2) for name in names}, {"b.up"}, ["head"])
+    names = ("a.head.0.weight", "a.head.1.bias", "b.up.bias", "b.norm.bias", "c.weight")
+    parameters = {name: torch.ones(2) for name in names}
+    read = AdapterFile(Path("a"), {}, {"b.up": {}, "c": {}}, parameters, frozenset({"c.weight"}))
+    beside = beside_of(read, ["head"])
     assert {n: list(own) for n, own in beside.modules.items()} == {"a.head": ["0.weight", "1.bias"]}
     assert sorted(beside.biases) == ["b.norm", "b.up"] and beside.wanted == ("a.head",)
-    assert "b.up.base_layer.bias" in beside.tensors({"b.up"})
-    with pytest.raises(ValueError, match=r"b\.up\.weight is trained .* has an adapter"):
-        beside_of({"b.up.weight": torch.ones(2)}, {"b.up"})
+    assert {"b.up.base_layer.bias", "c.base_layer.weight"} < set(beside.tensors({"b.up", "c"}))
+    with pytest.raises(ValueError, match=r"c\.weight is trained .* has an adapter"):
+        beside_of(replace(read, frozen=frozenset()), ["head"])
 
 
 CANNOT = {

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from ..module import PeraLinear
+from .checkpoint import AdapterFile
 
 __all__ = ["Beside", "beside_in", "beside_of", "is_adapted", "tree"]
 
@@ -25,12 +26,13 @@ CONTAINERS = (nn.ModuleList, nn.ModuleDict, nn.ParameterList, nn.ParameterDict)
 class Beside:
     """``modules``: what is saved whole, by the module's name and the tensors' names in it;
     ``biases``: by the names of the modules that they belong to; ``wanted``: PEFT's
-    ``modules_to_save``.
+    ``modules_to_save``; ``frozen``: weights of adapted modules that PEFT saved all the same.
     """
 
     modules: dict[str, dict[str, torch.Tensor]] = field(default_factory=dict)
     biases: dict[str, torch.Tensor] = field(default_factory=dict)
     wanted: tuple[str, ...] = ()
+    frozen: dict[str, torch.Tensor] = field(default_factory=dict)
 
     def bias(self, adapted: Collection[str]) -> str:
         """PEFT's ``bias`` of a LoRA over these modules."""
@@ -43,6 +45,8 @@ class Beside:
         found = {_join(n, part): t for n, own in self.modules.items() for part, t in own.items()}
         for name, bias in self.biases.items():
             found[_join(f"{name}.base_layer" if name in adapted else name, "bias")] = bias
+        for name, weight in self.frozen.items():
+            found[f"{name}.base_layer.weight"] = weight
         return found
 
 
@@ -146,22 +150,21 @@ def beside_in(model: nn.Module, adapted: Collection[str], adapter: str | None = 
     return Beside(states, kept, tuple(sorted(wanted)))
 
 
-def beside_of(
-    parameters: Mapping[str, torch.Tensor], adapted: Collection[str], wanted: Collection[str] = ()
-) -> Beside:
-    """The same of parameters by their names in the base model, without that model.
+def beside_of(read: AdapterFile, wanted: Collection[str] = ()) -> Beside:
+    """The same of a file, without the model.
 
     Args:
-        wanted: PEFT's ``modules_to_save`` if PEFT saved them: ends of the modules' names.
+        wanted: PEFT's ``modules_to_save`` if PEFT saved the file: ends of the modules' names.
 
     Raises:
         ValueError: as :func:`beside_in`.
     """
+    adapted = read.tensors
     trained: dict[str, dict[str, torch.Tensor]] = {}
-    for key, tensor in parameters.items():
+    for key, tensor in read.parameters.items():
+        if key in read.frozen:
+            continue
         name, _, part = key.rpartition(".")
-        if name.endswith(".base_layer") and name.removesuffix(".base_layer") in adapted:
-            name = name.removesuffix(".base_layer")
         # A module that was saved whole holds others.
         parts = name.split(".")
         above = [".".join(parts[:n]) for n in range(1, len(parts) + 1)]
@@ -173,7 +176,8 @@ def beside_of(
     for name, own in whole.items():
         _check_whole(name, own, adapted)
     _check_hidden(list(whole), adapted)
-    return Beside(whole, biases, tuple(sorted(whole)))
+    frozen = {key.removesuffix(".weight"): read.parameters[key] for key in read.frozen}
+    return Beside(whole, biases, tuple(sorted(whole)), frozen)
 
 
 def _plain(key: str) -> str:

@@ -26,6 +26,7 @@ from ..module import AdapterOptions, PeraLinear, features
 from ..terms import TERMS
 from . import files
 from .inject import adapted_modules, adapter_parameters, adopt, named_places
+from .ties import refuse_shared
 
 __all__ = [
     "AdapterFile",
@@ -55,18 +56,29 @@ class Incompatible(NamedTuple):
     unexpected_keys: list[str]
 
 
+# A layer under an adapter, by its name in a model with adapters.
+BASE_LAYER, BASE_WEIGHT = ".base_layer.", ".base_layer.weight"
+
+
+def plain_name(name: str) -> str:
+    """The name of a parameter in a model without adapters."""
+    return name.replace(BASE_LAYER, ".")
+
+
 @dataclass(frozen=True)
 class AdapterFile:
     """An adapter that was read and checked, and is in no model yet.
 
     ``options`` has r, alpha, terms and dropout of every module, ``tensors`` its A, B and h, and
-    ``parameters`` what trained beside the adapters, by its name.
+    ``parameters`` what else is in the file, by its name in a model without adapters: what trained
+    beside them, and weights under adapters that PEFT saved though they are ``frozen``.
     """
 
     path: Path
     options: dict[str, dict[str, Any]]
     tensors: dict[str, dict[str, torch.Tensor]]
     parameters: dict[str, torch.Tensor] = field(default_factory=dict)
+    frozen: frozenset[str] = frozenset()
     base_model: str | None = None
     config: dict[str, Any] = field(default_factory=dict)
 
@@ -241,7 +253,9 @@ def read_adapter(folder: str | os.PathLike[str]) -> AdapterFile:
         _compare(folder / CONFIG_FILE, config)
     base = config.get("base_model") or config.get("base_model_name_or_path")
     base = base if isinstance(base, str) else None
-    return AdapterFile(folder, options, by_module, others, base, config)
+    frozen = frozenset(plain_name(name) for name in others if name.endswith(BASE_WEIGHT))
+    parameters = {plain_name(name): tensor for name, tensor in others.items()}
+    return AdapterFile(folder, options, by_module, parameters, frozen, base, config)
 
 
 def _compare(path: Path, config: Mapping[str, Any]) -> None:
@@ -466,27 +480,45 @@ def place(
     return _fill(model, adapter, strict, overwrite)
 
 
-class _Others:
+class Others:
     """The other parameters of a checkpoint, and where they go in a model."""
 
-    def __init__(self, model: nn.Module, parameters: Mapping[str, torch.Tensor]) -> None:
-        own: dict[str, torch.Tensor] = dict(model.named_parameters(remove_duplicate=False))
-        own.update(model.named_buffers(remove_duplicate=False))
+    def __init__(self, model: nn.Module, adapter: AdapterFile) -> None:
+        # A module that was saved whole has buffers too.
+        own: dict[str, torch.Tensor] = {
+            plain_name(name): tensor
+            for kind in (model.named_parameters, model.named_buffers)
+            for name, tensor in kind(remove_duplicate=False)
+        }
         self.unexpected: list[str] = []
         self.misshapen: list[str] = []
         self.pairs: list[tuple[torch.Tensor, torch.Tensor]] = []
         self.trained: list[torch.Tensor] = []
-        for name, tensor in parameters.items():
-            plain = name.replace(".base_layer.", ".")
-            there = own.get(name, own.get(plain))
+        changed = {}
+        for name, tensor in adapter.parameters.items():
+            there = own.get(name)
             if there is None:
-                self.unexpected.append(plain)
-            elif there.shape != tensor.shape:
-                self.misshapen.append(f"{plain} ({tuple(tensor.shape)} for {tuple(there.shape)})")
-            else:
-                self.pairs.append((there, tensor))
-                if isinstance(there, nn.Parameter) and not name.endswith(".base_layer.weight"):
-                    self.trained.append(there)
+                self.unexpected.append(name)
+                continue
+            if there.shape != tensor.shape:
+                self.misshapen.append(f"{name} ({tuple(tensor.shape)} for {tuple(there.shape)})")
+                continue
+            self.pairs.append((there, tensor))
+            if not torch.equal(there.detach().to("cpu", tensor.dtype), tensor):
+                changed[name] = there
+            if isinstance(there, nn.Parameter) and name not in adapter.frozen:
+                self.trained.append(there)
+        if adapter.config.get("peft_type") is not None:
+            # PEFT trains a copy: what else uses the weight goes on with the old one.
+            refuse_shared(model, changed)
+
+    @torch.no_grad()
+    def write(self) -> None:
+        """Into the model, where what trained trains."""
+        for there, tensor in self.pairs:
+            there.copy_(tensor)
+        for parameter in self.trained:
+            parameter.requires_grad_(True)
 
 
 def _keys(adapter: AdapterFile, names: list[str]) -> list[str]:
@@ -513,7 +545,7 @@ def _inject(
             kind = type(layer).__name__
             misshapen.append(f"{name} (adapter of {wants}, {kind} of {has})")
     fitting = [name for name in adapter.tensors if name not in unexpected]
-    others = _Others(model, adapter.parameters)
+    others = Others(model, adapter)
     misshapen += others.misshapen
     if misshapen or (strict and (unexpected or others.unexpected)) or not fitting:
         _listed(
@@ -538,10 +570,8 @@ def _inject(
             for name in fitting
             for part, tensor in adapter.tensors[name].items()
         ]
-        + others.pairs
     )
-    for parameter in others.trained:
-        parameter.requires_grad_(True)
+    others.write()
     return Incompatible([], _keys(adapter, unexpected) + others.unexpected)
 
 
@@ -577,7 +607,7 @@ def _fill(model: nn.Module, adapter: AdapterFile, strict: bool, overwrite: bool)
     missing_keys = [
         _key(n, part) for n in missing for part in PARTS if getattr(layers[n], part) is not None
     ]
-    others = _Others(model, adapter.parameters)
+    others = Others(model, adapter)
     misshapen += others.misshapen
     unexpected_keys = _keys(adapter, unexpected) + others.unexpected
     unexpected += others.unexpected
@@ -604,13 +634,12 @@ def _fill(model: nn.Module, adapter: AdapterFile, strict: bool, overwrite: bool)
         for part, tensor in adapter.tensors[name].items()
     ]
     # Everything that can fail happens before the first change.
-    moved = [(own, tensor.to(own.device, own.dtype)) for own, tensor in pairs + others.pairs]
+    moved = [(own, tensor.to(own.device, own.dtype)) for own, tensor in pairs]
     for name in both:
         layers[name].unmerge()
         layers[name].alpha = float(adapter.options[name]["alpha"])
     _copy(moved)
-    for parameter in others.trained:
-        parameter.requires_grad_(True)
+    others.write()
     return Incompatible(missing_keys, unexpected_keys)
 
 

@@ -17,7 +17,7 @@ from torch import nn
 
 from .. import reference
 from ..checks import FLOATING, check_adapter
-from ..module import PeraLinear
+from ..module import PeraLinear, product_norm
 from ..terms import Terms, check_rank
 from . import files
 from .beside import Beside, beside_in, is_adapted, tree
@@ -432,19 +432,16 @@ def _written(
         lora_A, lora_B, left_out = exact_A.to(dtype), exact_B.to(dtype), [rest]
     # With Â = A + δA and B̂ = B + δB the error is B̂ δA + δB A: nothing cancels.
     A, B = lora_A.double(), lora_B.double()
-    error = product_norm([(A - exact_A, B), (exact_A, B - exact_B), *left_out])
+    error = _norm([(A - exact_A, B), (exact_A, B - exact_B), *left_out])
     if error == 0.0:
         return lora_A, lora_B, 0.0
-    norm = product_norm([(exact_A, exact_B), *left_out])
+    norm = _norm([(exact_A, exact_B), *left_out])
     return lora_A, lora_B, error / norm if norm > 0.0 else math.inf
 
 
-def product_norm(pairs: Sequence[Pair]) -> float:
-    """‖Σ B A‖_F over pairs (A, B) from two Gram matrices, without forming a product."""
-    A, B = torch.cat([A for A, _ in pairs]), torch.cat([B for _, B in pairs], 1)
-    square = float(((B.mT @ B) * (A @ A.mT)).sum())
-    # Written so that NaN stays NaN.
-    return 0.0 if square < 0.0 else math.sqrt(square)
+def _norm(pairs: Sequence[Pair]) -> float:
+    """‖Σ B A‖_F over pairs (A, B)."""
+    return product_norm(torch.cat([B for _, B in pairs], 1), torch.cat([A for A, _ in pairs]))
 
 
 def _split(lora_A: torch.Tensor, lora_B: torch.Tensor, rank: int) -> tuple[Pair, Pair]:
@@ -466,8 +463,8 @@ def best_of_rank(
     before rounding.
     """
     kept, rest = _split(lora_A, lora_B, rank)
-    norm = product_norm([kept, rest])
-    error = product_norm([rest]) / norm if norm else 0.0
+    norm = _norm([kept, rest])
+    error = _norm([rest]) / norm if norm else 0.0
     return kept[0].to(lora_A.dtype), kept[1].to(lora_B.dtype), error
 
 

@@ -14,7 +14,7 @@ from ..adapters.beside import beside_of
 from ..adapters.checkpoint import read_adapter
 from ..adapters.export import AdapterView, LoraExport, export_views
 from . import describe
-from .merging import add_to, parameters_of
+from .merging import add_to
 from .tables import shown, table
 from .verify import verify
 
@@ -121,7 +121,7 @@ def export_lora(given: argparse.Namespace) -> int:
         exact_scale=given.exact_scale,
         prune_zero=given.prune_zero,
         rank=given.rank,
-        beside=beside_of(parameters_of(read), views, read.config.get("modules_to_save") or ()),
+        beside=beside_of(read, read.config.get("modules_to_save") or ()),
     )
     if given.json:
         _print_json(_told(done))

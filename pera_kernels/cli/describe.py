@@ -14,12 +14,11 @@ import torch
 
 from .. import __version__, backends
 from ..adapters.checkpoint import AdapterFile
-from ..adapters.export import AdapterView, expanded, product_norm, vllm_max_lora_rank
+from ..adapters.export import AdapterView, expanded, vllm_max_lora_rank
 from ..checks import BACKENDS
 from ..kernels import interpreting, tiles
-from ..module import quadratic_share
+from ..module import product_norm, quadratic_share
 from ..terms import expanded_rank
-from .merging import parameters_of
 
 __all__ = ["adapter", "commit", "installation", "version"]
 
@@ -94,7 +93,7 @@ def adapter(read: AdapterFile) -> dict[str, Any]:
             "expanded_rank": K,
             "zero_coefficients": None if h is None else int((h == 0).sum()),
             "quadratic_share": quadratic_share(A, B, h, options["terms"]),
-            "delta_norm": product_norm([expanded(view, work=torch.float64)]),
+            "delta_norm": product_norm(*reversed(expanded(view, work=torch.float64))),
             "finite": all(bool(torch.isfinite(tensor).all()) for tensor in own.values()),
         }
     beside = {
@@ -104,7 +103,8 @@ def adapter(read: AdapterFile) -> dict[str, Any]:
             "parameters": tensor.numel(),
             "finite": bool(torch.isfinite(tensor).all()),
         }
-        for name, tensor in parameters_of(read).items()
+        for name, tensor in read.parameters.items()
+        if name not in read.frozen
     }
     lora = max(own["expanded_rank"] for own in modules.values())
     padded = -(-lora // 16) * 16

@@ -7,23 +7,14 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..adapters.checkpoint import AdapterFile
+from ..adapters.checkpoint import AdapterFile, Others
 from ..adapters.merge import refuse_shared
 from ..checks import FLOATING
 from ..functional import delta_weight
 from ..module import is_plain_linear, unobserved
 from .tables import progress
 
-__all__ = ["add_to", "parameters_of"]
-
-
-def parameters_of(read: AdapterFile) -> dict[str, torch.Tensor]:
-    """What the file holds beside adapters, by the parameters' names in the base model."""
-    found = {}
-    for key, tensor in getattr(read, "parameters", {}).items():
-        name, _, part = key.rpartition(".base_layer.")
-        found[f"{name}.{part}" if name in read.tensors else key] = tensor
-    return found
+__all__ = ["add_to"]
 
 
 def add_to(model: nn.Module, read: AdapterFile) -> None:
@@ -35,7 +26,13 @@ def add_to(model: nn.Module, read: AdapterFile) -> None:
             or a result is not finite. The model is to be thrown away then.
     """
     weights = _weights(model, read)
-    _copy_parameters(model, read)
+    others = Others(model, read)
+    if others.unexpected or others.misshapen:
+        wrong = ", ".join(others.unexpected + others.misshapen)
+        raise ValueError(_misfit(read, model, f"the model has no parameter {wrong}"))
+    for _, tensor in others.pairs:
+        _check_finite("what trained beside the adapters", tensor)
+    others.write()
     with torch.no_grad():
         for name, own in progress(list(read.tensors.items()), "merging"):
             weight, transposed = weights[name]
@@ -81,25 +78,6 @@ def _weights(model: nn.Module, read: AdapterFile) -> dict[str, tuple[torch.Tenso
         found[name] = weight, transposed
     refuse_shared(model, {f"{name}.weight": weight for name, (weight, _) in found.items()})
     return found
-
-
-@torch.no_grad()
-def _copy_parameters(model: nn.Module, read: AdapterFile) -> None:
-    # Buffers too: a module that was saved whole has all of its own.
-    own = dict(model.named_parameters(remove_duplicate=False)) | dict(model.named_buffers())
-    given = parameters_of(read)
-    for name, tensor in given.items():
-        if name not in own:
-            raise ValueError(_misfit(read, model, f"the model has no parameter {name!r}"))
-        if own[name].shape != tensor.shape:
-            shapes = f"{tuple(own[name].shape)}, in the file {tuple(tensor.shape)}"
-            raise ValueError(_misfit(read, model, f"{name} is {shapes}"))
-    if read.config.get("peft_type") is not None:
-        # PEFT trains a copy: what else the model uses the weight for goes on with the old one.
-        refuse_shared(model, {name: own[name] for name in given})
-    for name, tensor in given.items():
-        own[name].copy_(tensor)
-        _check_finite(name, own[name])
 
 
 def _misfit(read: AdapterFile, model: nn.Module, reason: str) -> str:
