@@ -23,13 +23,27 @@ def parameter_groups(
         Trainer(model, ..., optimizers=(torch.optim.AdamW(groups), None))
 
     Raises:
-        ValueError: a rate that is negative or not finite, or no trainable adapter.
+        ValueError: a rate that is negative or not finite, or a model without a PERA adapter that
+            trains.
     """
     check_rate("lr", lr)
     check_rate("weight_decay", weight_decay)
     if lr_h is not None:
         check_rate("lr_h", lr_h)
     layers = [m for m in model.modules() if isinstance(m, PeraLayer)]
-    factors = [p for m in layers for own in (m.pera_A, m.pera_B) for p in own.values()]
-    hs = [p for m in layers for p in m.pera_h.values()]
+    if not layers:
+        raise ValueError(
+            f"model has no trainable adapter, for it has no PERA adapter at all: make one with "
+            f"peft.get_peft_model(model, PeraConfig(...)); got {type(model).__name__}"
+        )
+    # As keys: a parameter that stands in two places is one.
+    factors = list(
+        dict.fromkeys(p for m in layers for f in (m.pera_A, m.pera_B) for p in f.values())
+    )
+    hs = list(dict.fromkeys(p for m in layers for p in m.pera_h.values()))
+    if not any(p.requires_grad for p in (*factors, *hs)):
+        raise ValueError(
+            "model has no trainable adapter, for all its PERA adapters are frozen: an adapter that "
+            "is loaded trains with PeftModel.from_pretrained(..., is_trainable=True)"
+        )
     return grouped(model, factors, hs, lr, lr if lr_h is None else lr_h, weight_decay)
