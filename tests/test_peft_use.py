@@ -1,6 +1,8 @@
 """What PEFT models go through in use: saved while merged, mixed in batches, misspelt, offloaded."""
 
+import copy
 import importlib
+import pickle
 import sys
 import warnings
 
@@ -9,6 +11,8 @@ import torch
 from torch import nn
 from torch.nn.utils import prune
 
+import pera_kernels as pk
+
 peft = pytest.importorskip("peft")
 transformers = pytest.importorskip("transformers")
 
@@ -16,6 +20,7 @@ from pera_kernels.peft import PeraLayer, parameter_groups  # noqa: E402
 from tests.test_peft import (  # noqa: E402
     adapted,
     config,
+    gpt2,
     layers,
     llama,
     logits,
@@ -59,6 +64,103 @@ def randomize(model, part):
 # State dicts and files of merged models.
 
 
+@pytest.mark.parametrize("make", [llama, gpt2])
+@pytest.mark.parametrize("keep_vars", [False, True])
+def test_a_state_dict_taken_while_merged_is_that_of_before(make, keep_vars):
+    name = make.__name__
+    model = adapted(name)
+    model.add_adapter("other", config(name, terms="square"))
+    model.base_model.set_adapter(["default", "other"])
+    before = {n: t.clone() for n, t in model.state_dict().items()}
+    model.merge_adapter()
+    with pytest.warns(UserWarning, match="merge_and_unload"):
+        merged = model.state_dict(keep_vars=keep_vars)
+    assert list(merged) == list(before)
+    assert all(torch.equal(merged[n], t) for n, t in before.items())
+    model.unmerge_adapter()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        assert all(torch.equal(t, before[n]) for n, t in model.state_dict().items())
+
+
+def test_a_merged_state_dict_loads_into_unmerged_and_merged_models():
+    model = adapted()
+    expected = logits(model)
+    model.merge_adapter()
+    with pytest.warns(UserWarning, match="merge_and_unload"):
+        saved = copy.deepcopy(model.state_dict())
+    for merge in (False, True):
+        other = adapted(seed=5)
+        if merge:
+            other.merge_adapter()
+        other.load_state_dict(saved)
+        assert not any(layer.merged for layer in layers(other).values())
+        assert torch.equal(logits(other), expected)
+
+
+def test_loading_the_parameters_of_a_merged_adapter_unmerges():
+    model, other = adapted(), adapted(seed=5)
+    model.merge_adapter()
+    peft.set_peft_model_state_dict(model, peft.get_peft_model_state_dict(other))
+    assert torch.equal(logits(model), logits(other))
+    # What concerns another adapter leaves the layer as it is.
+    layer = next(iter(layers(model).values()))
+    layer.merge()
+    layer.load_state_dict({"pera_A.none": torch.zeros(1)}, strict=False)
+    assert layer.merged
+
+
+def test_a_model_merged_and_cast_holds_both_in_that_dtype():
+    model = adapted()
+    expected = {n: layer.base_layer.weight.bfloat16() for n, layer in layers(model).items()}
+    model.merge_adapter()
+    model.to(torch.bfloat16)
+    with pytest.warns(UserWarning, match="merge_and_unload"):
+        saved = model.state_dict()
+    assert {t.dtype for t in saved.values()} == {torch.bfloat16}
+    model.unmerge_adapter()
+    for name, weight in expected.items():
+        assert torch.equal(saved[f"{name}.base_layer.weight"], weight)
+        assert torch.equal(layers(model)[name].base_layer.weight, weight)
+
+
+def test_copies_and_pickles_of_merged_models():
+    model = adapted()
+    expected = logits(model)
+    model.merge_adapter()
+    for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        with pytest.warns(UserWarning, match="merge_and_unload"):
+            saved = copy.deepcopy(other.state_dict())
+        other.unmerge_adapter()
+        assert torch.equal(logits(other), expected)
+        assert all(torch.equal(t, saved[n]) for n, t in other.state_dict().items())
+    assert all(layer.merged for layer in layers(model).values())
+
+
+def test_saving_the_adapter_of_a_merged_model_does_not_warn(tmp_path):
+    model = adapted(target_modules=["q_proj", "lm_head"])
+    expected = logits(model)
+    model.merge_adapter()
+    with warnings.catch_warnings(record=True) as record:
+        warnings.simplefilter("always")
+        model.save_pretrained(tmp_path)
+    assert not ours(record)
+    # PEFT puts the base of lm_head beside its adapter: it must be the one without the adapter.
+    assert torch.equal(logits(peft.PeftModel.from_pretrained(llama(), tmp_path).eval()), expected)
+
+
+def test_saving_the_base_of_a_merged_model_warns(tmp_path):
+    model = adapted()
+    model.merge_adapter()
+    with pytest.warns(UserWarning, match="merge_and_unload"):
+        model.get_base_model().save_pretrained(tmp_path)
+    load_file = pytest.importorskip("safetensors.torch").load_file
+    saved = load_file(tmp_path / "model.safetensors")
+    name = "model.layers.0.self_attn.q_proj"
+    weight = llama().get_submodule(name).weight
+    assert torch.equal(saved[f"{name}.base_layer.weight"], weight)
+
+
 @pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings")
 @pytest.mark.parametrize("tie", [False, True])
 def test_an_adapted_output_layer_is_saved_and_loaded(tie, tmp_path):
@@ -70,7 +172,34 @@ def test_an_adapted_output_layer_is_saved_and_loaded(tie, tmp_path):
     assert (base.lm_head.weight is base.get_input_embeddings().weight) is tie
 
 
+def test_loading_without_memory_for_the_adapter_keeps_its_bits(tmp_path):
+    """PEFT moves what it has loaded to the base's dtype, which rounds float32 adapters."""
+    model = peft.get_peft_model(llama().bfloat16(), config())
+    randomize(model, "pera_")
+    model.save_pretrained(tmp_path)
+    loaded = peft.PeftModel.from_pretrained(llama().bfloat16(), tmp_path, low_cpu_mem_usage=True)
+    saved = peft.get_peft_model_state_dict(model)
+    for name, tensor in peft.get_peft_model_state_dict(loaded).items():
+        assert torch.equal(tensor, saved[name]) and tensor.dtype == torch.float32
+
+
 # Merging.
+
+
+def test_unmerging_restores_the_base_whatever_became_of_the_adapter():
+    model = adapted()
+    before = {n: layer.base_layer.weight.clone() for n, layer in layers(model).items()}
+    model.merge_adapter()
+    randomize(model, "pera_")
+    with pytest.warns(UserWarning, match="'default' is merged: its new scale"):
+        for layer in layers(model).values():
+            layer.set_scale("default", 3.0)
+    model.unmerge_adapter()
+    for name, layer in layers(model).items():
+        assert torch.equal(layer.base_layer.weight, before[name])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        layer.scale_layer(0.5)
 
 
 class Twice(nn.Linear):
@@ -90,7 +219,35 @@ NOT_PLAIN = {
 }
 
 
+@pytest.mark.filterwarnings("ignore:.*weight_norm. is deprecated:FutureWarning")
+@pytest.mark.parametrize("call", ["merge_adapter", "merge_and_unload"])
+@pytest.mark.parametrize("kind", NOT_PLAIN)
+def test_bases_that_are_not_plain_are_not_merged(kind, call):
+    wrap, match = NOT_PLAIN[kind]
+    model = plain(wrap(nn.Linear(4, 4)), target_modules=["first", "v_proj"])
+    x = torch.randn(3, 4)
+    expected = model(x)
+    with pytest.raises(TypeError, match=f"v_proj: .*{match}"):
+        getattr(model, call)()
+    assert torch.equal(model(x), expected) and len(layers(model)) == 2
+
+
+def test_merged_adapters_are_not_deleted():
+    layer = next(iter(layers(adapted()).values()))
+    layer.merge()
+    with pytest.raises(ValueError, match="'default' is merged: unmerge"):
+        layer.delete_adapter("default")
+    assert list(layer.pera_A) == ["default"]
+
+
 # Mixed batches.
+
+
+def test_disabled_adapters_stay_disabled_in_mixed_batches():
+    model = adapted()
+    model.base_model.disable_adapter_layers()
+    mixed = logits(model, adapter_names=["default"] * 2)
+    torch.testing.assert_close(mixed, logits(llama()))
 
 
 # Configurations.
@@ -136,6 +293,12 @@ def test_no_needless_warnings_about_entries(tmp_path):
     assert not ours(record)
 
 
+def test_layers_of_inject_are_refused():
+    model = pk.inject(llama(), ["q_proj"])
+    with pytest.raises(ValueError, match="adapter of pera_kernels.inject already"):
+        peft.get_peft_model(model, config())
+
+
 class Twins(nn.Module):
     """One linear layer under two names."""
 
@@ -161,6 +324,34 @@ def test_a_layer_under_two_names_is_left_alone_if_a_target_fails():
 
 def parameters(model):
     return [p.detach().clone() for n, p in model.named_parameters() if "pera_" in n]
+
+
+@pytest.mark.parametrize("init", [True, "gaussian", False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_adapters_do_not_depend_on_the_defaults(dtype, init):
+    def make():
+        return plain(nn.Linear(4, 4, device="cpu", dtype=dtype), init_weights=init)
+
+    torch.set_default_dtype(torch.float32)
+    expected = parameters(make())
+    assert {p.dtype for p in expected} == {torch.promote_types(dtype, torch.float32)}
+    for default in (torch.bfloat16, torch.float64):
+        torch.set_default_dtype(default)
+        try:
+            got = parameters(make())
+        finally:
+            torch.set_default_dtype(torch.float32)
+        assert all(map(torch.equal, got, expected))
+
+
+def test_adapters_are_on_the_device_of_the_base():
+    base = Plain()
+    with torch.device("meta"):
+        model = peft.get_peft_model(base, config(target_modules=["v_proj"]))
+        empty = peft.get_peft_model(Plain(), config(target_modules=["v_proj"]))
+    assert model(torch.randn(3, 4)).device.type == "cpu"
+    assert {p.device.type for p in empty.parameters()} == {"meta"}
+    assert empty(torch.empty(3, 4, device="meta")).shape == (3, 4)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -14,7 +15,7 @@ from torch import nn
 from pera_kernels import functional
 from pera_kernels.adapters.export import AdapterView
 from pera_kernels.checks import FLOATING
-from pera_kernels.module import Sharing, is_plain_linear, unobserved
+from pera_kernels.module import PeraLinear, Sharing, is_plain_linear, unobserved
 from pera_kernels.operands import Base, Factors, Options
 from pera_kernels.terms import Terms, coefficient_count
 
@@ -43,6 +44,8 @@ def _features(module: nn.Module) -> tuple[int, int] | None:
 
 def unsupported(module: nn.Module) -> str | None:
     """Why a module takes no PERA adapter."""
+    if isinstance(module, PeraLinear):
+        return "it has an adapter of pera_kernels.inject already: unload that first"
     if isinstance(module, nn.Embedding):
         return "an embedding looks rows up and has no input to project"
     if isinstance(module, nn.MultiheadAttention):
@@ -63,6 +66,33 @@ def _fits(adapter: Factors, x: torch.Tensor) -> bool:
     return adapter.A.dtype == x.dtype or (half and adapter.A.dtype == torch.float32)
 
 
+def _base_apart(layer: PeraLayer, state_dict: dict[str, Any], prefix: str, _: Any) -> None:
+    """In the state dict of a merged layer, put W0 in the place of the merged weight: with the
+    adapters beside it, the merged weight would count them twice.
+    """
+    key = prefix + "base_layer.weight"
+    if layer._merged_base is None or key not in state_dict:
+        return
+    state_dict[key] = layer._merged_base
+    if not _asked_by_peft():
+        warnings.warn(
+            "PERA adapters are merged, but this state dict holds the weights of the base and the "
+            "adapters apart, as before merging; for merged weights take it from the model that "
+            "merge_and_unload() returns",
+            stacklevel=2,
+        )
+
+
+def _asked_by_peft() -> bool:
+    """Whether PEFT asks for the state dict: it saves and loads no more than the adapters."""
+    frame = sys._getframe(1)
+    while frame.f_back is not None:
+        if str(frame.f_globals.get("__name__")).startswith("peft."):
+            return True
+        frame = frame.f_back
+    return False
+
+
 class PeraLayer(nn.Module, BaseTunerLayer):
     """A linear base layer with any number of named PERA adapters.
 
@@ -76,7 +106,10 @@ class PeraLayer(nn.Module, BaseTunerLayer):
     merged: bool
     get_base_layer: Callable[[], nn.Module]
     set_adapter: Callable[[list[str]], None]
-    _move_adapter_to_device_of_base_layer: Callable[[str], None]
+    _get_base_layer_device_and_dtype: Callable[
+        [nn.Module], tuple[torch.device | None, torch.dtype | None]
+    ]
+    _merged_base: torch.Tensor | None
 
     adapter_layer_names = ("pera_A", "pera_B", "pera_h")
     other_param_names = ("r", "pera_alpha", "scaling", "own_scaling", "pera_dropout", "terms")
@@ -102,12 +135,18 @@ class PeraLayer(nn.Module, BaseTunerLayer):
         self.merged_adapters: list[str] = []
         self.shared_inputs: Sharing | None = None
         # W0 while adapters are merged, so that unmerging is exact.
-        self._merged_base: torch.Tensor | None = None
+        self.register_buffer("_merged_base", None, persistent=False)
+        self.register_state_dict_post_hook(_base_apart)
 
+    # Parameters that are made in inference mode could never train.
+    @torch.inference_mode(False)
     def update_layer(
         self, adapter_name: str, r: int, alpha: float | None, config: PeraConfig
     ) -> None:
-        """Add an adapter."""
+        """Add an adapter, in the dtype and on the device of the base.
+
+        It is drawn in float32 on the CPU: one seed gives one adapter, whatever the defaults are.
+        """
         if adapter_name in self.pera_A:
             raise ValueError(f"this layer has an adapter {adapter_name!r} already")
         self.r[adapter_name] = r
@@ -117,9 +156,11 @@ class PeraLayer(nn.Module, BaseTunerLayer):
         self.scaling[adapter_name] = self.own_scaling[adapter_name]
         self.pera_dropout[adapter_name] = float(config.pera_dropout)
         self.terms[adapter_name] = config.terms  # type: ignore[assignment]
-        A = torch.empty(r, self.in_features)
-        B = torch.zeros(self.out_features, r)
-        h = torch.zeros(coefficient_count(r, config.terms))  # type: ignore[arg-type]
+        L = coefficient_count(r, config.terms)  # type: ignore[arg-type]
+        A, B, h = (
+            torch.zeros(*shape, device="cpu", dtype=torch.float32)
+            for shape in ((r, self.in_features), (self.out_features, r), (L,))
+        )
         if config.init_weights == "gaussian":
             nn.init.normal_(A, std=1.0 / r)
         else:
@@ -127,12 +168,34 @@ class PeraLayer(nn.Module, BaseTunerLayer):
         if config.init_weights is False:
             nn.init.normal_(B, std=0.1)
             nn.init.normal_(h, std=0.1)
-        self.pera_A[adapter_name] = nn.Parameter(A)
-        self.pera_B[adapter_name] = nn.Parameter(B)
+        device, dtype = self._get_base_layer_device_and_dtype(self.get_base_layer())
+        dtype = dtype if dtype in FLOATING else torch.float32
+        self.pera_A[adapter_name] = nn.Parameter(A.to(device, dtype))
+        self.pera_B[adapter_name] = nn.Parameter(B.to(device, dtype))
         if config.terms != "linear":
-            self.pera_h[adapter_name] = nn.Parameter(h)
-        self._move_adapter_to_device_of_base_layer(adapter_name)
+            self.pera_h[adapter_name] = nn.Parameter(h.to(device, dtype))
         self.set_adapter(self.active_adapters)
+
+    def _move_adapter_to_device_of_base_layer(
+        self, adapter_name: str, device: torch.device | None = None
+    ) -> None:
+        """What PEFT calls once it has loaded an adapter. Its dtype stays: PEFT's own method would
+        round it to that of the base.
+        """
+        device = device or self._get_base_layer_device_and_dtype(self.get_base_layer())[0]
+        for own in (self.pera_A, self.pera_B, self.pera_h):
+            if adapter_name in own and device is not None and not own[adapter_name].is_meta:
+                own[adapter_name].data = own[adapter_name].data.to(device)
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        """Delete an adapter, which must not be merged.
+
+        Raises:
+            ValueError: it is merged.
+        """
+        if adapter_name in self.merged_adapters:
+            raise ValueError(f"adapter {adapter_name!r} is merged: unmerge before deleting it")
+        super().delete_adapter(adapter_name)
 
     def _factors(self, name: str) -> Factors:
         h = self.pera_h[name] if name in self.pera_h else None
@@ -158,12 +221,21 @@ class PeraLayer(nn.Module, BaseTunerLayer):
     # What transformers and diffusers call to weaken an adapter.
     def set_scale(self, adapter: str, scale: float) -> None:
         if adapter in self.scaling:
-            self.scaling[adapter] = scale * self.own_scaling[adapter]
+            self._rescale(adapter, scale * self.own_scaling[adapter])
 
     def scale_layer(self, scale: float) -> None:
         for adapter in self.active_adapters:
             if adapter in self.scaling:
-                self.scaling[adapter] *= scale
+                self._rescale(adapter, scale * self.scaling[adapter])
+
+    def _rescale(self, adapter: str, scaling: float) -> None:
+        if adapter in self.merged_adapters and scaling != self.scaling[adapter]:
+            warnings.warn(
+                f"PERA adapter {adapter!r} is merged: its new scale has no effect until it is "
+                "unmerged",
+                stacklevel=3,
+            )
+        self.scaling[adapter] = scaling
 
     def unscale_layer(self, scale: float | None = None) -> None:
         for adapter in self.active_adapters:
@@ -192,12 +264,19 @@ class PeraLayer(nn.Module, BaseTunerLayer):
     def _dense_weight(self) -> torch.Tensor:
         base = self.get_base_layer()
         weight = getattr(base, "weight", None)
-        if not (isinstance(base, nn.Linear) or is_conv1d(base)) or not (
-            type(weight) is nn.Parameter and weight.dtype in FLOATING
-        ):
+        if type(weight) is torch.Tensor:
+            raise TypeError(
+                f"the weight of this {type(base).__name__} is computed anew from other tensors (by "
+                "a parametrization, weight_norm or pruning), so that nothing can be merged into "
+                "it: make it a plain parameter first"
+            )
+        # A class with a forward of its own may compute something else from its weight.
+        known = is_conv1d(base) or type(base).forward is nn.Linear.forward
+        if not (known and type(weight) is nn.Parameter and weight.dtype in FLOATING):
             raise TypeError(
                 f"merging needs a plain dense base; {type(base).__name__} with a weight of type "
-                f"{type(weight).__name__} is none: dequantize the base model first"
+                f"{type(weight).__name__} is none, for its class computes something else or its "
+                "weight is quantized: dequantize the base model first"
             )
         return weight
 
@@ -259,7 +338,7 @@ class PeraLayer(nn.Module, BaseTunerLayer):
                     raise ValueError("adapter_names needs unmerged adapters: unmerge first")
                 self.unmerge()
             y = self.base_layer(x, *args, **kwargs)
-            return y if by_sample is None else self._mixed(x, y, by_sample)
+            return y if self.disable_adapters else self._mixed(x, y, by_sample)
         names = [name for name in self.active_adapters if name in self.pera_A]
         if self.merged or not names:
             return self.base_layer(x, *args, **kwargs)
@@ -323,6 +402,17 @@ class PeraLayer(nn.Module, BaseTunerLayer):
             index = torch.tensor(own, device=x.device)
             parts[index] = self._add(name, x[index], Base(None, None, y[index])).to(parts.dtype)
         return parts
+
+    def _load_from_state_dict(
+        self, state_dict: Any, prefix: str, *args: Any, **kwargs: Any
+    ) -> None:
+        """As usual; a merged layer is unmerged if its base or a merged adapter is loaded."""
+        loaded = {prefix + "base_layer.weight"}
+        for name in self.merged_adapters:
+            loaded |= {f"{prefix}{part}.{name}" for part in self.adapter_layer_names}
+        if self.merged and not loaded.isdisjoint(state_dict):
+            self.unmerge()
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
     def extra_repr(self) -> str:
         return f"in_features={self.in_features}, out_features={self.out_features}"
