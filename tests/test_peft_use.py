@@ -18,6 +18,7 @@ transformers = pytest.importorskip("transformers")
 
 from pera_kernels.peft import PeraLayer, parameter_groups  # noqa: E402
 from tests.test_peft import (  # noqa: E402
+    IDS,
     adapted,
     config,
     gpt2,
@@ -172,6 +173,14 @@ def test_an_adapted_output_layer_is_saved_and_loaded(tie, tmp_path):
     assert (base.lm_head.weight is base.get_input_embeddings().weight) is tie
 
 
+def test_a_file_with_modules_that_the_model_has_not_warns(tmp_path):
+    adapted().save_pretrained(tmp_path)
+    base = llama()
+    del base.model.layers[1]
+    with pytest.warns(UserWarning, match=r"3 modules with PERA adapters.*layers\.1\.mlp\.up_proj"):
+        peft.PeftModel.from_pretrained(base, tmp_path)
+
+
 def test_loading_without_memory_for_the_adapter_keeps_its_bits(tmp_path):
     """PEFT moves what it has loaded to the base's dtype, which rounds float32 adapters."""
     model = peft.get_peft_model(llama().bfloat16(), config())
@@ -232,6 +241,17 @@ def test_bases_that_are_not_plain_are_not_merged(kind, call):
     assert torch.equal(model(x), expected) and len(layers(model)) == 2
 
 
+@pytest.mark.parametrize("safe", [False, True])
+@pytest.mark.parametrize("call", ["merge_adapter", "merge_and_unload"])
+def test_offloaded_layers_are_merged(call, safe):
+    accelerate = pytest.importorskip("accelerate")
+    model = adapted()
+    expected = logits(model)
+    accelerate.cpu_offload(model, execution_device=torch.device("cpu"))
+    merged = getattr(model, call)(safe_merge=safe) or model
+    torch.testing.assert_close(logits(merged), expected, atol=2e-5, rtol=1e-4)
+
+
 def test_merged_adapters_are_not_deleted():
     layer = next(iter(layers(adapted()).values()))
     layer.merge()
@@ -240,7 +260,58 @@ def test_merged_adapters_are_not_deleted():
     assert list(layer.pera_A) == ["default"]
 
 
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda model: model.merge_adapter(adapter_names=["defualt"]),
+        lambda model: model.merge_and_unload(adapter_names=["defualt"]),
+        lambda model: model.base_model.set_adapter(["default", "defualt"]),
+    ],
+)
+def test_misspelt_adapters_are_refused(call):
+    model = adapted()
+    expected = logits(model)
+    with pytest.raises(ValueError, match="no adapter 'defualt'; the model has 'default'"):
+        call(model)
+    assert torch.equal(logits(model), expected) and layers(model)
+
+
 # Mixed batches.
+
+
+@pytest.mark.parametrize("beams", [1, 3])
+@pytest.mark.parametrize("active", ["default", "other", "third"])
+def test_mixed_batches_take_the_whole_modules_of_each_adapter(active, beams):
+    """Also where the active adapter, or one of the others, has none."""
+    model = adapted(modules_to_save=["lm_head"])
+    model.add_adapter("other", config(r=2, terms="cross"))
+    model.add_adapter("third", config(modules_to_save=["lm_head"]))
+    randomize(model, "modules_to_save")
+    model.set_adapter(active)
+    ids, names = IDS[[0, 1, 0, 1]], ["default", "__base__", "other", "third"]
+    options = {
+        "max_new_tokens": 4, "num_beams": beams, "do_sample": False, "pad_token_id": 0
+    }  # fmt: skip
+    mixed = logits(model, ids, adapter_names=names)
+    generated = model.generate(input_ids=ids, adapter_names=names, **options)
+    for row, name in enumerate(names):
+        alone = llama()
+        if name != "__base__":
+            model.set_adapter(name)
+            alone = model
+        torch.testing.assert_close(mixed[row], logits(alone, ids)[row], atol=1e-5, rtol=1e-4)
+        assert torch.equal(generated[row], alone.generate(input_ids=ids, **options)[row])
+
+
+@pytest.mark.parametrize("bias", ["all", "pera_only"])
+def test_mixed_batches_and_trained_biases(bias):
+    model = adapted("roberta", bias=bias)
+    randomize(model, "bias")
+    expected = logits(model)
+    torch.testing.assert_close(logits(model, adapter_names=["default"] * 2), expected)
+    with pytest.raises(ValueError, match=f"'default' has trained biases .bias='{bias}'"):
+        logits(model, adapter_names=["default", "__base__"])
+    assert torch.equal(logits(model), expected)
 
 
 def test_disabled_adapters_stay_disabled_in_mixed_batches():
@@ -279,6 +350,28 @@ MISSES = {
 }
 
 
+@pytest.mark.parametrize("kind", MISSES)
+def test_entries_that_match_nothing_are_named_in_one_warning(kind):
+    options, match = MISSES[kind]
+    with pytest.warns(UserWarning, match=match) as record:
+        model = adapted(**options)
+    assert len(ours(record)) == 1
+    with pytest.warns(UserWarning, match=match):
+        model.add_adapter("other", config(**options))
+
+
+@pytest.mark.parametrize("name", ["w1", "gate_up_proj"])
+def test_experts_in_one_parameter_are_named_as_such(name):
+    model = mixtral()
+    parameters = {n.rpartition(".")[2] for n, _ in model.named_parameters()}
+    with pytest.warns(UserWarning, match=f"target_modules: '{name}'") as record:
+        if not any(n.endswith(name) for n, _ in model.named_modules()):
+            peft.get_peft_model(model, config(target_modules=["q_proj", name]))
+        else:
+            pytest.skip("the experts of this transformers are modules")
+    assert ("as experts in one tensor" in ours(record).pop()) is (name in parameters)
+
+
 def test_no_needless_warnings_about_entries(tmp_path):
     options = {"target_modules": ["query", "value", "key"], "task_type": "SEQ_CLS"}
     with warnings.catch_warnings(record=True) as record:
@@ -291,6 +384,24 @@ def test_no_needless_warnings_about_entries(tmp_path):
         adapted(target_modules=None, layers_to_transform=[1])
         adapted(target_modules=["v_proj"], layers_to_transform=[1], exclude_modules=["v_proj.x"])
     assert not ours(record)
+
+
+def test_an_adapter_that_is_loaded_for_inference_does_not_warn_again(tmp_path):
+    options = {"target_modules": ["q_proj", "v_porj"]}
+    with pytest.warns(UserWarning, match="v_porj"):
+        adapted(**options).save_pretrained(tmp_path)
+    with warnings.catch_warnings(record=True) as record:
+        warnings.simplefilter("always")
+        peft.PeftModel.from_pretrained(llama(), tmp_path)
+    assert not ours(record)
+    with pytest.warns(UserWarning, match="v_porj"):
+        peft.PeftModel.from_pretrained(llama(), tmp_path, is_trainable=True)
+
+
+def test_layers_of_all_linear_are_refused():
+    """PEFT would adapt every layer: names in full match whatever their layer is."""
+    with pytest.raises(ValueError, match="layers_to_transform goes with a list"):
+        config(target_modules="all-linear", layers_to_transform=[0])
 
 
 def test_layers_of_inject_are_refused():
@@ -309,6 +420,28 @@ class Twins(nn.Module):
 
     def forward(self, x):
         return self.v_proj(x) + 2 * self.heads[0](x)
+
+
+def test_a_layer_under_two_names_is_adapted_under_both(tmp_path):
+    torch.manual_seed(0)
+    base = Twins()
+    x = torch.randn(3, 4)
+    before = base(x)
+    model = peft.get_peft_model(base, config(target_modules=["v_proj"])).eval()
+    adapters = [m for m in (base.v_proj, base.heads[0]) if isinstance(m, PeraLayer)]
+    assert len(adapters) == 2 and adapters[0] is adapters[1]
+    expected = model(x)
+    model.save_pretrained(tmp_path)
+    torch.manual_seed(0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        loaded = peft.PeftModel.from_pretrained(Twins(), tmp_path)
+    assert torch.equal(loaded(x), expected)
+    merged = loaded.merge_and_unload()
+    torch.testing.assert_close(merged(x), expected)
+    assert type(merged.v_proj) is nn.Linear and merged.heads[0] is merged.v_proj
+    assert torch.equal(model.unload()(x), before)
+    assert type(base.heads[0]) is nn.Linear
 
 
 def test_a_layer_under_two_names_is_left_alone_if_a_target_fails():
@@ -354,6 +487,15 @@ def test_adapters_are_on_the_device_of_the_base():
     assert empty(torch.empty(3, 4, device="meta")).shape == (3, 4)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_adapters_made_in_inference_mode_train(dtype):
+    layer = nn.Linear(4, 4, dtype=dtype)
+    with torch.inference_mode():
+        model = peft.get_peft_model(nn.Sequential(layer), config(target_modules=["0"]))
+    model(torch.randn(3, 4, dtype=dtype)).sum().backward()
+    assert all(p.grad is not None for n, p in model.named_parameters() if "pera_" in n)
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
 @pytest.mark.parametrize("cast", [False, True])
 def test_dtypes_of_adapters_are_those_of_lora(dtype, cast):
@@ -381,6 +523,40 @@ def test_outputs_may_be_changed_in_place(change):
 
 
 # Weighted sums.
+
+
+def test_weighted_sums_are_not_rounded_to_the_dtype_of_the_base():
+    model = peft.get_peft_model(llama().bfloat16(), config()).eval()
+    model.add_weighted_adapter(["default"], [1.0], "same")
+    for layer in layers(model).values():
+        own, same = (layer.get_delta_weight(name) for name in ("default", "same"))
+        torch.testing.assert_close(same, own, atol=1e-6, rtol=1e-6)
+        assert layer.pera_A["same"].dtype == layer.pera_A["default"].dtype == torch.float32
+
+
+@pytest.mark.parametrize(
+    "weights, combination, rank, match",
+    [
+        ([float("nan")], "cat", None, "weights must be finite"),
+        ([1.0], "svd", 0, "svd_rank must be"),
+        ([1.0], "svd", 2, r"layers\.1\.mlp\.up_proj: combination_type='svd' needs finite"),
+        ([1.0], "svd", 10**6, r"layers\.1\.mlp\.up_proj: combination_type='svd' needs finite"),
+    ],
+)
+def test_weighted_sums_that_are_not_finite_are_refused(weights, combination, rank, match):
+    model = adapted()
+    list(layers(model).values())[-1].pera_A["default"].data[0, 0] = float("nan")
+    with pytest.raises(ValueError, match=match):
+        model.add_weighted_adapter(["default"], weights, "sum", combination, rank)
+    assert list(model.peft_config) == ["default"]
+    assert all(list(layer.pera_A) == ["default"] for layer in layers(model).values())
+
+
+def test_weighted_sums_of_whole_modules_are_refused():
+    model = adapted(modules_to_save=["lm_head"])
+    with pytest.raises(ValueError, match="modules_to_save.*'default'"):
+        model.add_weighted_adapter(["default"], [0.5], "sum")
+    assert list(model.peft_config) == ["default"]
 
 
 # Optimizers, and PEFT not installed.

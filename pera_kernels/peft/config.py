@@ -47,7 +47,8 @@ class PeraConfig(PeftConfig):
         use_rslora: scale by alpha / √r.
         target_modules, exclude_modules: names (ends of module paths), or a regular expression of
             whole paths; ``"all-linear"`` for every linear layer but the output.
-        layers_to_transform, layers_pattern: only layers of these indices, as in LoRA.
+        layers_to_transform, layers_pattern: only layers of these indices, as in LoRA; with a list
+            of target_modules.
         rank_pattern, alpha_pattern: exceptions from ``r`` and ``pera_alpha`` by module name.
         modules_to_save: further modules to train and save whole.
         bias: ``"none"``, ``"all"`` or ``"pera_only"``: which biases train.
@@ -120,10 +121,10 @@ class PeraConfig(PeftConfig):
                 setattr(self, name, set(value))
         if isinstance(self.target_modules, str):
             for name in ("layers_to_transform", "layers_pattern"):
-                if getattr(self, name) is not None and self.target_modules != "all-linear":
+                if getattr(self, name) is not None:
                     raise ValueError(
-                        f"{name} goes with a list of target_modules; got the pattern "
-                        f"{self.target_modules!r}, which can say it itself"
+                        f"{name} goes with a list of target_modules; got {self.target_modules!r}: "
+                        "list the modules, or say the layers in a pattern"
                     )
         if self.layers_pattern and self.layers_to_transform is None:
             raise ValueError("layers_pattern needs layers_to_transform; got None")

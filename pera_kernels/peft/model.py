@@ -3,25 +3,36 @@
 from __future__ import annotations
 
 import copy
+import math
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
 import torch
-from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
-from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
+from peft.tuners.tuners_utils import (
+    BaseTuner,
+    BaseTunerLayer,
+    check_target_module_exists,
+    onload_layer,
+)
+from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING, AuxiliaryTrainingWrapper
 from peft.utils.other import get_pattern_key
 from torch import nn
 
 from pera_kernels.adapters.export import best_of_rank, expanded
 from pera_kernels.adapters.shared_inputs import shared_inputs
 from pera_kernels.adapters.ties import refuse_shared
+from pera_kernels.terms import check_rank
 
 from .config import PeraConfig
 from .layer import BASE, PeraLayer, is_conv1d, unsupported
 
 __all__ = ["PeraModel"]
+
+# What PEFT itself adds to modules_to_save for classification and question answering.
+HEADS = ("classifier", "score", "qa_outputs")
 
 
 class PeraModel(BaseTuner):
@@ -35,15 +46,24 @@ class PeraModel(BaseTuner):
     def inject_adapter(
         self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any
     ) -> None:
-        """As PEFT's; if it fails the model is left as it was."""
+        """As PEFT's; if it fails the model is left as it was.
+
+        A module that stands under two names is adapted under both. Entries of the configuration
+        that match nothing are named in a warning, but not where an adapter is loaded for inference.
+        """
         layers = {m for m in model.modules() if isinstance(m, PeraLayer)}
         held = {m for m in layers if adapter_name in m.pera_A}
         trainable = [(p, p.requires_grad) for p in model.parameters()]
+        # PEFT writes the names that it found over some of these.
+        config = copy.copy(self.peft_config[adapter_name])
+        modules = [name for name, _ in model.named_modules()]
+        parameters = {name.rpartition(".")[2] for name, _ in model.named_parameters()}
         try:
             super().inject_adapter(model, adapter_name, *args, **kwargs)
+            _adapt_other_names(model)
             shared_inputs(model)
         except BaseException:
-            for name, layer in list(model.named_modules()):
+            for name, layer in list(model.named_modules(remove_duplicate=False)):
                 if not isinstance(layer, PeraLayer) or layer in held:
                     continue
                 if layer not in layers:
@@ -54,6 +74,48 @@ class PeraModel(BaseTuner):
             for parameter, requires_grad in trainable:
                 parameter.requires_grad_(requires_grad)
             raise
+        if config.target_modules is None:
+            config.target_modules = self.peft_config[adapter_name].target_modules
+        if not config.inference_mode and kwargs.get("state_dict") is None:
+            _warn_of_misses(config, modules, parameters)
+
+    @torch.inference_mode(False)
+    def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
+        """As PEFT's, which makes new parameters: in inference mode they could never train."""
+        super()._cast_adapter_dtype(adapter_name, autocast_adapter_dtype)
+
+    @classmethod
+    def _remap_adapter_state_dict_for_load(
+        cls,
+        model: nn.Module,
+        config: PeraConfig,
+        adapter_name: str,
+        state_dict: dict[str, torch.Tensor],
+    ) -> dict[str, torch.Tensor]:
+        """As PEFT's, which drops what it has no place for: here with a warning."""
+        remapped = super()._remap_adapter_state_dict_for_load(
+            model, config, adapter_name, state_dict
+        )
+        parts = PeraLayer.adapter_layer_names
+        lost = {
+            key.rpartition(".")[0]
+            for key in state_dict
+            if key in remapped and key.rpartition(".")[2] in parts
+        }
+        if lost:
+            warnings.warn(
+                f"{len(lost)} modules with PERA adapters in the file are not in this model, and "
+                f"their adapters are not loaded: {_some(lost)}",
+                stacklevel=2,
+            )
+        # PEFT knows a layer by its first name, and misses what it loads under the others.
+        first = {layer: name for name, layer in model.named_modules()}
+        for name, layer in model.named_modules(remove_duplicate=False):
+            for part in parts if isinstance(layer, PeraLayer) else ():
+                key = f"{first[layer]}.{part}.{adapter_name}"
+                if key in remapped:
+                    remapped[f"{name}.{part}.{adapter_name}"] = remapped[key]
+        return remapped  # type: ignore[no-any-return]
 
     def _create_and_replace(
         self,
@@ -103,6 +165,26 @@ class PeraModel(BaseTuner):
     def _layers(self) -> dict[str, PeraLayer]:
         return {n: m for n, m in self.model.named_modules() if isinstance(m, PeraLayer)}
 
+    def _check_known(self, adapter_names: Sequence[str]) -> None:
+        """Refuse names of adapters that are not in the model."""
+        if isinstance(adapter_names, str):
+            raise TypeError(f"adapter_names must be a list of names; got {adapter_names!r}")
+        unknown = [name for name in adapter_names if name not in self.peft_config]
+        if unknown:
+            raise ValueError(
+                f"there is no adapter {', '.join(map(repr, unknown))}; the model has "
+                f"{', '.join(map(repr, self.peft_config)) or 'none'}"
+            )
+
+    def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
+        """As PEFT's, which takes unknown names for adapters that no layer has.
+
+        Raises:
+            ValueError: there is no adapter of this name; nothing is changed.
+        """
+        self._check_known([adapter_name] if isinstance(adapter_name, str) else adapter_name)
+        super().set_adapter(adapter_name, inference_mode=inference_mode)
+
     def _check_merge_allowed(self) -> None:
         """Refuse to change a weight that another module uses."""
         refuse_shared(
@@ -121,21 +203,23 @@ class PeraModel(BaseTuner):
 
         Raises:
             TypeError: a base is not a plain dense layer.
-            ValueError: a weight is shared with another module, or (``safe_merge``) a result is not
-                finite.
+            ValueError: there is no adapter of one of these names, a weight is shared with another
+                module, or (``safe_merge``) a result is not finite.
         """
+        self._check_known(adapter_names or [])
         self._check_merge_allowed()
         before = {layer: list(layer.merged_adapters) for layer in self._layers().values()}
         try:
             for name, layer in self._layers().items():
-                with _naming(name):
+                with _naming(name), onload_layer(layer):
                     layer.merge(safe_merge=safe_merge, adapter_names=adapter_names)
         except BaseException:
             for layer, names in before.items():
                 if layer.merged_adapters != names:
-                    layer.unmerge()
-                    if names:
-                        layer.merge(adapter_names=names)
+                    with onload_layer(layer):
+                        layer.unmerge()
+                        if names:
+                            layer.merge(adapter_names=names)
             raise
 
     def _unload_and_optionally_merge(
@@ -147,9 +231,10 @@ class PeraModel(BaseTuner):
     ) -> nn.Module:
         # Layers are replaced one by one: what can fail is tried before the first.
         if merge:
+            self._check_known(adapter_names or [])
             self._check_merge_allowed()
             for name, layer in self._layers().items():
-                with _naming(name):
+                with _naming(name), onload_layer(layer):
                     own = [n for n in adapter_names or layer.active_adapters if n in layer.pera_A]
                     if own and safe_merge:
                         layer.merged_weight(own, safe=True)
@@ -158,19 +243,27 @@ class PeraModel(BaseTuner):
         else:
             for layer in self._layers().values():
                 if layer.merged:
-                    layer.unmerge()
+                    with onload_layer(layer):
+                        layer.unmerge()
         model = super()._unload_and_optionally_merge(
             merge=merge,
             progressbar=progressbar,
             safe_merge=False,
             adapter_names=adapter_names,
         )
+        # PEFT takes every layer out once: what stands under a second name is left.
+        for name, layer in list(model.named_modules(remove_duplicate=False)):
+            if isinstance(layer, PeraLayer):
+                parent, _, child = name.rpartition(".")
+                setattr(model.get_submodule(parent), child, layer.base_layer)
         shared_inputs(model, ())
         return model
 
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
-        """Within this context every sample has the adapter that ``adapter_names`` says."""
+        """Within this context every sample has the adapter that ``adapter_names`` says, and the
+        whole modules that were saved with it.
+        """
         names = kwargs.pop("adapter_names", None)
         if names is None:
             yield
@@ -183,15 +276,29 @@ class PeraModel(BaseTuner):
                 f"adapter_names has {', '.join(map(repr, unknown))}; the model has "
                 f"{', '.join(map(repr, self.peft_config))} and {BASE!r}"
             )
+        for name, config in self.peft_config.items():
+            if config.bias != "none" and set(names) != {name}:
+                raise ValueError(
+                    f"adapter {name!r} has trained biases (bias={config.bias!r}), which are in the "
+                    "base and the same for every sample: adapter_names must name it for all of "
+                    f"them; got {', '.join(map(repr, dict.fromkeys(names)))}"
+                )
         beams = kwargs.get("num_beams")
         if isinstance(beams, int) and beams > 1:
             if getattr(getattr(self.model, "config", None), "is_encoder_decoder", False):
                 raise ValueError("adapter_names with beams is not supported for encoder-decoders")
             names = [name for name in names for _ in range(beams)]
-        handles = [
-            layer.register_forward_pre_hook(partial(_with_names, list(names)), with_kwargs=True)
-            for layer in self._layers().values()
-        ]
+        handles = []
+        for module in self.modules():
+            own = list(names)
+            if isinstance(module, AuxiliaryTrainingWrapper):
+                # An adapter that has no copy of this module uses the original.
+                held = module._get_available_adapters()
+                own = [name if name in held else BASE for name in names]
+            elif not isinstance(module, PeraLayer):
+                continue
+            hook = partial(_with_names, own)
+            handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
         try:
             yield
         finally:
@@ -217,17 +324,16 @@ class PeraModel(BaseTuner):
             combination_type: ``"cat"``, or ``"svd"`` for the best approximation of ``svd_rank``.
 
         Raises:
-            ValueError: an unknown adapter or combination, or lists of different lengths; nothing is
-                added.
+            TypeError, ValueError: an unknown adapter or combination, lists of different lengths,
+                weights or (``"svd"``) parameters that are not finite, or adapters with whole
+                modules (``modules_to_save``), which have no sum; nothing is added.
         """
         if len(adapters) != len(weights) or not adapters:
             raise ValueError(
                 f"adapters and weights must have one length >= 1; got {len(adapters)} and "
                 f"{len(weights)}"
             )
-        unknown = [name for name in adapters if name not in self.peft_config]
-        if unknown:
-            raise ValueError(f"there is no adapter {', '.join(map(repr, unknown))}")
+        self._check_known(adapters)
         if adapter_name in self.peft_config:
             raise ValueError(f"there is an adapter {adapter_name!r} already")
         if combination_type not in ("cat", "svd"):
@@ -240,7 +346,22 @@ class PeraModel(BaseTuner):
                 f"svd_rank goes with combination_type='svd'; got {combination_type!r} and "
                 f"{svd_rank!r}"
             )
-        factors = {}
+        if svd_rank is not None:
+            check_rank(svd_rank, "svd_rank")
+        if not all(math.isfinite(weight) for weight in weights):
+            raise ValueError(f"weights must be finite; got {list(weights)}")
+        whole = [
+            module
+            for module in self.modules()
+            if isinstance(module, AuxiliaryTrainingWrapper)
+            and not module._get_available_adapters().isdisjoint(adapters)
+        ]
+        if whole:
+            raise ValueError(
+                "adapters must have no whole modules (modules_to_save), for these have no weighted "
+                f"sum; got {', '.join(map(repr, adapters))}"
+            )
+        factors, dtypes = {}, {}
         for name, layer in self._layers().items():
             parts = [
                 (weight, view)
@@ -252,6 +373,14 @@ class PeraModel(BaseTuner):
             pairs = [(weight, *expanded(view)) for weight, view in parts]
             lora_A = torch.cat([A for _, A, _ in pairs])
             lora_B = torch.cat([weight * B for weight, _, B in pairs], 1)
+            dtypes[name] = parts[0][1].A.dtype
+            for _, view in parts:
+                dtypes[name] = torch.promote_types(dtypes[name], view.A.dtype)
+            if svd_rank is not None and not (lora_A.isfinite().all() and lora_B.isfinite().all()):
+                raise ValueError(
+                    f"{name}: combination_type='svd' needs finite parameters; those of "
+                    f"{', '.join(map(repr, adapters))} have infinite or NaN ones"
+                )
             if svd_rank is not None and svd_rank < lora_A.shape[0]:
                 lora_A, lora_B, _ = best_of_rank(lora_A, lora_B, svd_rank)
             factors[name] = lora_A, lora_B
@@ -271,9 +400,66 @@ class PeraModel(BaseTuner):
             raise
         for name, layer in self._layers().items():
             if name in factors:
-                layer.pera_A[adapter_name].copy_(factors[name][0])
-                layer.pera_B[adapter_name].copy_(factors[name][1])
+                for own, factor in zip((layer.pera_A, layer.pera_B), factors[name], strict=True):
+                    # In the dtype of those combined, which may be wider than that of the base.
+                    device = own[adapter_name].device
+                    own[adapter_name].data = factor.to(device, dtypes[name])
                 _freeze(layer, adapter_name)
+
+
+def _adapt_other_names(model: nn.Module) -> None:
+    """Put each adapted layer in every place of its base, of which PEFT only sees the first."""
+    layers = {m.base_layer: m for m in model.modules() if isinstance(m, PeraLayer)}
+    for name, module in list(model.named_modules(remove_duplicate=False)):
+        path, _, child = name.rpartition(".")
+        if module in layers and not isinstance(parent := model.get_submodule(path), PeraLayer):
+            setattr(parent, child, layers[module])
+
+
+def _warn_of_misses(config: PeraConfig, modules: Sequence[str], parameters: set[str]) -> None:
+    """Name the entries of lists that match none of these modules: they may be misspelt."""
+
+    def matches(**changes: Any) -> bool:
+        probe = copy.copy(config)
+        probe.exclude_modules = probe.modules_to_save = None
+        for option, value in changes.items():
+            setattr(probe, option, value)
+        return any(check_target_module_exists(probe, name) for name in modules)
+
+    misses: dict[str, list[Any]] = {}
+    if not isinstance(config.target_modules, str):
+        targets = sorted(config.target_modules or ())
+        misses["target_modules"] = [t for t in targets if not matches(target_modules={t})]
+    indices = config.layers_to_transform
+    if isinstance(indices, list):
+        misses["layers_to_transform"] = [i for i in indices if not matches(layers_to_transform=[i])]
+    if not isinstance(config.exclude_modules, str):
+        anywhere = {"layers_to_transform": None}
+        excluded = sorted(config.exclude_modules or ())
+        missed = [e for e in excluded if not matches(target_modules={e}, **anywhere)]
+        # PEFT itself says so if it is all of them.
+        misses["exclude_modules"] = missed if len(missed) < len(excluded) else []
+    misses["modules_to_save"] = [
+        entry
+        for entry in config.modules_to_save or ()
+        if entry not in HEADS and not any(name.endswith(entry) for name in modules)
+    ]
+    found = "; ".join(f"{option}: {', '.join(map(repr, m))}" for option, m in misses.items() if m)
+    if not found:
+        return
+    fused = [t for t in misses.get("target_modules", ()) if t.rpartition(".")[2] in parameters]
+    reason = (
+        f" ({', '.join(map(repr, fused))}: a parameter, as experts in one tensor are, and PERA "
+        "adapts linear modules only)"
+        if fused
+        else ""
+    )
+    warnings.warn(f"PeraConfig: nothing in the model matches {found}{reason}", stacklevel=3)
+
+
+def _some(names: set[str]) -> str:
+    """The first eight names."""
+    return ", ".join(sorted(names)[:8]) + (", ..." if len(names) > 8 else "")
 
 
 def _freeze(layer: PeraLayer, adapter_name: str) -> None:
