@@ -347,9 +347,10 @@ class PeraLinear(nn.Module):
 
     def check_plain_weight(self) -> None:
         """Raise if ``weight`` is computed from other tensors: what is written to it is lost."""
-        if self._parameters.get("weight") is None:
+        # A parametrization that was removed may leave a buffer.
+        if self._parameters.get("weight", self._buffers.get("weight")) is None:
             raise TypeError(
-                "the weight must be a parameter of the layer to be merged, unmerged or unloaded; "
+                "the weight must be a tensor of the layer to be merged, unmerged or unloaded; "
                 "this one is computed (by a parametrization, weight normalisation or pruning): "
                 "make it permanent first, for example by "
                 "torch.nn.utils.parametrize.remove_parametrizations"

@@ -137,5 +137,5 @@ def test_parameter_groups_refuse_bad_rates_and_plain_models():
         pk.parameter_groups(m, 1e-3, lr_h=-1)
     with pytest.raises(TypeError, match="lr must be a number"):
         pk.parameter_groups(m, "fast")
-    with pytest.raises(ValueError, match="no trainable adapter"):
+    with pytest.raises(ValueError, match="no adapter to train: call inject first"):
         pk.parameter_groups(model(), 1e-3)

@@ -22,10 +22,10 @@ import torch
 from torch import nn
 
 from ..checks import FLOATING, check_adapter, check_model
-from ..module import AdapterOptions, PeraLinear, features
+from ..module import AdapterOptions, features
 from ..terms import TERMS
 from . import files
-from .inject import adapted_modules, adapter_parameters, adopt, named_places
+from .inject import adapted_modules, adapter_parameters, adopt, named_places, require_adapters
 from .ties import refuse_shared
 
 __all__ = [
@@ -95,14 +95,6 @@ def unwrapped(model: nn.Module) -> nn.Module:
         model = inner
 
 
-def _adapted(model: nn.Module, to: str) -> dict[str, PeraLinear]:
-    check_model(model)
-    layers = adapted_modules(model)
-    if not layers:
-        raise ValueError(f"model has no adapter to {to}: call inject first")
-    return layers
-
-
 def _key(module: str, part: str) -> str:
     return f"{module}.{part}" if module else part
 
@@ -115,7 +107,7 @@ def adapter_state_dict(model: nn.Module) -> dict[str, torch.Tensor]:
     """
     return {
         _key(name, part): tensor.detach()
-        for name, layer in _adapted(unwrapped(model), "save").items()
+        for name, layer in require_adapters(unwrapped(model), "save").items()
         for part in PARTS
         if (tensor := getattr(layer, part)) is not None
     }
@@ -208,10 +200,14 @@ def save_adapter(
         ImportError: safetensors is not installed.
     """
     model, folder = unwrapped(model), Path(folder)
-    layers = _adapted(model, "save")
+    layers = require_adapters(model, "save")
     options = {name: {key: getattr(m, key) for key in OPTIONS} for name, m in layers.items()}
     tensors = adapter_state_dict(model)
     _check_modules(options, _split(tensors, folder), folder)
+    for name, m in layers.items():
+        has, wants = (m.pera_A.shape[1], m.pera_B.shape[0]), (m.in_features, m.out_features)
+        if has != wants:
+            raise ValueError(f"{name}: A and B are for (in, out) {has}, the layer has {wants}")
     others = other_trained(model)
     config = _config(options, list(others), base_model or _base_model_hint(model))
     text = json.dumps(config, sort_keys=True)

@@ -66,6 +66,8 @@ def _targets(
             continue
         if isinstance(layer, PeraLinear):
             raise ValueError(f"{name} is a PeraLinear already; each layer takes one adapter")
+        if hasattr(type(layer), "pera_view"):
+            raise ValueError(f"{name} has an adapter of PEFT already; each layer takes one")
         if features(layer) is None:
             if isinstance(wanted, re.Pattern) or ".parametrizations." in name:
                 continue
@@ -149,7 +151,11 @@ def inject(
 
 def _modules_to_save(model: nn.Module, names: object) -> list[nn.Module]:
     if names is None:
-        frozen = [n for n, m in model.named_modules() if matches(n, HEADS) and any(m.parameters())]
+        frozen = [
+            n
+            for n, m in model.named_modules()
+            if matches(n, HEADS) and any(True for _ in m.parameters())
+        ]
         if frozen and not adapted_modules(model):
             heads = sorted({n.rpartition(".")[2] for n in frozen})
             warnings.warn(
@@ -241,6 +247,16 @@ def adapted_modules(model: nn.Module) -> dict[str, PeraLinear]:
     """The model's :class:`PeraLinear` layers by name."""
     check_model(model)
     return {name: m for name, m in model.named_modules() if isinstance(m, PeraLinear)}
+
+
+def require_adapters(model: nn.Module, to: str) -> dict[str, PeraLinear]:
+    """:func:`adapted_modules` of a model that must have some, for what is to be done with them."""
+    layers = adapted_modules(model)
+    if not layers:
+        of_peft = any(hasattr(type(module), "pera_view") for module in model.modules())
+        hint = "they are PEFT's, which has methods of its own" if of_peft else "call inject first"
+        raise ValueError(f"model has no adapter to {to}: {hint}; got {type(model).__name__}")
+    return layers
 
 
 def own_parameters(layer: PeraLinear) -> list[nn.Parameter]:

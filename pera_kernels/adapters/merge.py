@@ -10,7 +10,7 @@ from torch import nn
 
 from ..module import PeraLinear, PeraOverModule
 from .hooks import remove_all_hooks
-from .inject import adapted_modules, named_places
+from .inject import named_places, require_adapters
 from .ties import refuse_shared
 
 __all__ = ["merge", "unload", "unmerge"]
@@ -20,9 +20,7 @@ Progress = Callable[[Iterable[Any]], Iterable[Any]]
 
 
 def _mergeable(model: nn.Module) -> dict[str, PeraLinear]:
-    layers = adapted_modules(model)
-    if not layers:
-        raise ValueError(f"model has no adapter to merge; got {type(model).__name__}")
+    layers = require_adapters(model, "merge")
     called = [name for name, layer in layers.items() if isinstance(layer, PeraOverModule)]
     if called:
         kinds = {type(layers[name].base_layer).__name__ for name in called}
@@ -93,9 +91,7 @@ def unmerge(model: ModelT) -> ModelT:
     Raises:
         ValueError: the model has no adapter.
     """
-    layers = adapted_modules(model)
-    if not layers:
-        raise ValueError(f"model has no adapter to unmerge; got {type(model).__name__}")
+    layers = require_adapters(model, "unmerge")
     done: list[tuple[PeraLinear, bool]] = []
     try:
         for layer in layers.values():
@@ -122,7 +118,10 @@ def _plain(layer: PeraLinear) -> nn.Module:
         device="meta",
         dtype=layer.weight.dtype,
     )
-    linear.weight = layer.weight  # type: ignore[assignment]
+    weight = layer.weight
+    linear.weight = (  # A buffer, where a parametrization was removed.
+        weight if isinstance(weight, nn.Parameter) else nn.Parameter(weight, requires_grad=False)
+    )
     linear.bias = layer.bias  # type: ignore[assignment]
     return linear.train(layer.training)
 
@@ -138,9 +137,7 @@ def unload(model: ModelT, *, merge: bool = True, progress: Progress = iter) -> M
     Raises:
         TypeError, ValueError: as :func:`merge`; the model is unchanged.
     """
-    layers = adapted_modules(model)
-    if not layers:
-        raise ValueError(f"model has no adapter to unload; got {type(model).__name__}")
+    layers = require_adapters(model, "unload")
     if isinstance(model, PeraLinear):
         raise ValueError("model is itself a PeraLinear, which cannot be replaced in place")
     # Made first: what can fail comes before the first change.

@@ -8,7 +8,7 @@ from typing import Any
 from torch import nn
 
 from ..checks import check_rate
-from .inject import adapted_modules
+from .inject import require_adapters
 
 __all__ = ["grouped", "parameter_groups"]
 
@@ -37,7 +37,7 @@ def parameter_groups(
     check_rate("weight_decay", weight_decay)
     if lr_h is not None:
         check_rate("lr_h", lr_h)
-    layers = adapted_modules(model).values()
+    layers = require_adapters(model, "train").values()
     factors = [p for m in layers for p in (m.pera_A, m.pera_B)]
     hs = [m.pera_h for m in layers if m.pera_h is not None]
     return grouped(model, factors, hs, lr, lr if lr_h is None else lr_h, weight_decay)
@@ -62,7 +62,7 @@ def grouped(
     hs = [p for p in dict.fromkeys(hs) if p.requires_grad]
     if not factors and not hs:
         raise ValueError(
-            f"model has no trainable adapter: call inject first; got {type(model).__name__}"
+            f"model has no adapter that trains: all are frozen; got {type(model).__name__}"
         )
     other = [p for p in model.parameters() if p.requires_grad and id(p) not in adapter]
     groups: list[dict[str, Any]] = [

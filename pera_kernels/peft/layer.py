@@ -15,8 +15,9 @@ from torch import nn
 from pera_kernels import functional
 from pera_kernels.adapters.export import AdapterView
 from pera_kernels.checks import FLOATING
-from pera_kernels.module import PeraLinear, Sharing, is_plain_linear, unobserved
+from pera_kernels.module import PeraLinear, Sharing, features, is_plain_linear, unobserved
 from pera_kernels.operands import Base, Factors, Options
+from pera_kernels.switch import Switch
 from pera_kernels.terms import Terms, coefficient_count
 
 from .config import PeraConfig
@@ -33,15 +34,6 @@ def is_conv1d(module: nn.Module) -> bool:
     return isinstance(module, Conv1D)
 
 
-def _features(module: nn.Module) -> tuple[int, int] | None:
-    """(in, out) of a linear-like module."""
-    if is_conv1d(module):
-        n, m = module.weight.shape  # type: ignore[misc, union-attr]
-        return int(n), int(m)
-    n, m = getattr(module, "in_features", None), getattr(module, "out_features", None)
-    return (n, m) if isinstance(n, int) and isinstance(m, int) else None
-
-
 def unsupported(module: nn.Module) -> str | None:
     """Why a module takes no PERA adapter."""
     if isinstance(module, PeraLinear):
@@ -52,7 +44,7 @@ def unsupported(module: nn.Module) -> str | None:
         return "nn.MultiheadAttention reads its weights without calling them"
     if isinstance(module, nn.modules.conv._ConvNd):
         return "a convolution is not a linear layer"
-    if _features(module) is None:
+    if features(module) is None:
         return "it is not a linear layer: in_features and out_features are missing"
     weight = getattr(module, "weight", None)
     if isinstance(weight, torch.Tensor) and weight.dim() > 2:
@@ -117,9 +109,7 @@ class PeraLayer(nn.Module, BaseTunerLayer):
     def __init__(self, base_layer: nn.Module) -> None:
         super().__init__()
         self.base_layer = base_layer
-        features = _features(self.get_base_layer())
-        assert features is not None
-        self.in_features, self.out_features = features
+        self.in_features, self.out_features = features(self.get_base_layer())  # type: ignore[misc]
         self.fan_in_fan_out = is_conv1d(self.get_base_layer())
         self.pera_A = nn.ParameterDict()
         self.pera_B = nn.ParameterDict()
@@ -132,6 +122,9 @@ class PeraLayer(nn.Module, BaseTunerLayer):
         self.pera_dropout: dict[str, float] = {}
         self.terms: dict[str, Terms] = {}
         self._disable_adapters = False
+        self.was_called = False
+        # A checkpoint that computes again finds what its forward had.
+        self._switch = Switch()
         self.merged_adapters: list[str] = []
         self.shared_inputs: Sharing | None = None
         # W0 while adapters are merged, so that unmerging is exact.
@@ -332,13 +325,16 @@ class PeraLayer(nn.Module, BaseTunerLayer):
 
     def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         by_sample = kwargs.pop("adapter_names", None)
-        if self.disable_adapters or by_sample is not None:
+        if not (torch.compiler.is_compiling() or self.was_called):
+            self.was_called = True
+        disabled = self._switch.is_off(self.disable_adapters)
+        if disabled or by_sample is not None:
             if self.merged:
                 if by_sample is not None:
                     raise ValueError("adapter_names needs unmerged adapters: unmerge first")
                 self.unmerge()
             y = self.base_layer(x, *args, **kwargs)
-            return y if self.disable_adapters else self._mixed(x, y, by_sample)
+            return y if disabled else self._mixed(x, y, by_sample)
         names = [name for name in self.active_adapters if name in self.pera_A]
         if self.merged or not names:
             return self.base_layer(x, *args, **kwargs)
@@ -369,7 +365,8 @@ class PeraLayer(nn.Module, BaseTunerLayer):
     def shared_call(self, x: torch.Tensor) -> tuple[Base, Factors, Options] | None:
         """As :meth:`pera_kernels.PeraLinear.shared_call`, for the one active adapter."""
         names = [name for name in self.active_adapters if name in self.pera_A]
-        if self.disable_adapters or self.merged or len(names) != 1 or not unobserved(self):
+        disabled = self._switch.is_off(self.disable_adapters)
+        if disabled or self.merged or len(names) != 1 or not unobserved(self):
             return None
         base, adapter = self._plain_base(), self._factors(names[0])
         if base is None or not _fits(adapter, x):

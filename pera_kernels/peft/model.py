@@ -22,17 +22,17 @@ from peft.utils.other import get_pattern_key
 from torch import nn
 
 from pera_kernels.adapters.export import best_of_rank, expanded
+from pera_kernels.adapters.hooks import remove_all_hooks
+from pera_kernels.adapters.inject import HEADS
 from pera_kernels.adapters.shared_inputs import shared_inputs
 from pera_kernels.adapters.ties import refuse_shared
+from pera_kernels.adapters.uncalled import refuse_read_weights, watch
 from pera_kernels.terms import check_rank
 
 from .config import PeraConfig
 from .layer import BASE, PeraLayer, is_conv1d, unsupported
 
 __all__ = ["PeraModel"]
-
-# What PEFT itself adds to modules_to_save for classification and question answering.
-HEADS = ("classifier", "score", "qa_outputs")
 
 
 class PeraModel(BaseTuner):
@@ -61,7 +61,10 @@ class PeraModel(BaseTuner):
         try:
             super().inject_adapter(model, adapter_name, *args, **kwargs)
             _adapt_other_names(model)
+            new = {n: m for n, m in self._layers(model).items() if m not in layers}
+            refuse_read_weights(model, new)
             shared_inputs(model)
+            watch(model, new.values())
         except BaseException:
             for name, layer in list(model.named_modules(remove_duplicate=False)):
                 if not isinstance(layer, PeraLayer) or layer in held:
@@ -148,11 +151,6 @@ class PeraModel(BaseTuner):
         reason = unsupported(target)
         if reason is not None:
             raise ValueError(f"cannot adapt {current_key}, a {type(target).__name__}: {reason}")
-        if isinstance(parent, nn.MultiheadAttention):
-            raise ValueError(
-                f"cannot adapt {current_key}: nn.MultiheadAttention reads its weight without "
-                "calling it"
-            )
         if peft_config.fan_in_fan_out != is_conv1d(target):
             peft_config.fan_in_fan_out = is_conv1d(target)
         layer = PeraLayer(target)
@@ -162,8 +160,9 @@ class PeraModel(BaseTuner):
             layer.requires_grad_(False)
         self._replace_module(parent, target_name, layer, target)
 
-    def _layers(self) -> dict[str, PeraLayer]:
-        return {n: m for n, m in self.model.named_modules() if isinstance(m, PeraLayer)}
+    def _layers(self, model: nn.Module | None = None) -> dict[str, PeraLayer]:
+        named = (model or self.model).named_modules()
+        return {name: module for name, module in named if isinstance(module, PeraLayer)}
 
     def _check_known(self, adapter_names: Sequence[str]) -> None:
         """Refuse names of adapters that are not in the model."""
@@ -256,7 +255,7 @@ class PeraModel(BaseTuner):
             if isinstance(layer, PeraLayer):
                 parent, _, child = name.rpartition(".")
                 setattr(model.get_submodule(parent), child, layer.base_layer)
-        shared_inputs(model, ())
+        remove_all_hooks(model)
         return model
 
     @contextmanager

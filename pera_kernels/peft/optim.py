@@ -36,11 +36,8 @@ def parameter_groups(
             f"model has no trainable adapter, for it has no PERA adapter at all: make one with "
             f"peft.get_peft_model(model, PeraConfig(...)); got {type(model).__name__}"
         )
-    # As keys: a parameter that stands in two places is one.
-    factors = list(
-        dict.fromkeys(p for m in layers for f in (m.pera_A, m.pera_B) for p in f.values())
-    )
-    hs = list(dict.fromkeys(p for m in layers for p in m.pera_h.values()))
+    factors = [p for m in layers for own in (m.pera_A, m.pera_B) for p in own.values()]
+    hs = [p for m in layers for p in m.pera_h.values()]
     if not any(p.requires_grad for p in (*factors, *hs)):
         raise ValueError(
             "model has no trainable adapter, for all its PERA adapters are frozen: an adapter that "
