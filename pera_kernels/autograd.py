@@ -31,12 +31,6 @@ def without_autocast(device_type: str) -> contextlib.AbstractContextManager[obje
     return contextlib.nullcontext()
 
 
-def _needs(needs: tuple[bool, ...], h: torch.Tensor | None) -> tuple[bool, bool, bool]:
-    """Which of A, B and h need a gradient: an empty h (cross terms of rank 1) has none."""
-    need_A, need_B, need_h = needs
-    return need_A, need_B, need_h and h is not None and h.numel() > 0
-
-
 def _once(gradient: torch.Tensor) -> torch.Tensor:
     """So that ``once_differentiable`` refuses every second derivative: by itself it lets through
     one whose incoming gradient is constant, and what depends on A, B and h would be left out.
@@ -81,7 +75,7 @@ class PeraFunction(torch.autograd.Function):
             (y,), (u,) = backend.forward(tokens(x), [base], [Factors(A, B, h)], seed, options)
         else:
             y, u = computed
-        need_A, need_B, need_h = _needs(ctx.needs_input_grad[4:7], h)
+        need_A, need_B, need_h = ctx.needs_input_grad[4:7]
         need_u, composed = need_B or need_h, options.plan == "composed"
         keep_x = need_A or (need_u and composed)
         keep_u = need_u and not composed
@@ -97,7 +91,7 @@ class PeraFunction(torch.autograd.Function):
     @once_differentiable
     def gradients(ctx, dy):
         x, u, weight, A, B, h, seed = ctx.saved_tensors
-        needs = (ctx.needs_input_grad[0], *_needs(ctx.needs_input_grad[4:7], h))
+        needs = (ctx.needs_input_grad[0], *ctx.needs_input_grad[4:7])
         gradients: Any = (None,) * 4
         if any(needs):
             rows = None if x is None else tokens(x)
@@ -128,7 +122,7 @@ class DeltaWeight(torch.autograd.Function):
     @once_differentiable
     def gradients(ctx, G):
         backend, adapter = implementation(ctx.options.backend), Factors(*ctx.saved_tensors)
-        needs = _needs(ctx.needs_input_grad[:3], adapter.h)
+        needs = ctx.needs_input_grad[:3]
         with without_autocast(G.device.type):
             gradients = backend.delta_backward(G, adapter, ctx.options, needs)
         return (*_wanted(gradients, needs), None)

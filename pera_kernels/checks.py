@@ -140,6 +140,8 @@ def check_adapter(A: object, B: object, h: object, terms: object) -> None:
         if h is not None:
             raise ValueError("h must be None for terms='linear', which has no coefficients")
         return
+    if h is None and length == 0:
+        return
     if h is None:
         raise ValueError(f"h must be a tensor of shape ({length},) for terms={terms!r}; got None")
     _check_tensor("h", h, 1)

@@ -165,7 +165,7 @@ def expand_factors(
     checks.check_scale(scale)
     phi_A, phi_B = reference.expanded_factors(A, B, h, terms)
     # Without products φ(A) is A: what is returned has memory of its own.
-    return phi_A.to(A.dtype, copy=terms == "linear"), (scale * phi_B).to(B.dtype)
+    return phi_A.to(A.dtype, copy=phi_A.shape == A.shape), (scale * phi_B).to(B.dtype)
 
 
 def _as_autocast_says(x: torch.Tensor, base: Base) -> tuple[torch.Tensor, Base]:

@@ -222,12 +222,9 @@ class PeraLinear(nn.Module):
         count = coefficient_count(r, options.terms)
         self.pera_A = nn.Parameter(torch.empty(r, self.in_features, device=device, dtype=dtype))
         self.pera_B = nn.Parameter(torch.empty(self.out_features, r, device=device, dtype=dtype))
-        self.register_parameter(
-            "pera_h",
-            None
-            if self.terms == "linear"
-            else nn.Parameter(torch.empty(count, device=device, dtype=dtype)),
-        )
+        # Without coefficients (linear terms, cross terms of rank 1) there is no parameter.
+        h = nn.Parameter(torch.empty(count, device=device, dtype=dtype)) if count else None
+        self.register_parameter("pera_h", h)
         self.reset_adapter()
 
     def _adapter_place(self) -> tuple[torch.device, torch.dtype]:

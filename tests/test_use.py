@@ -129,12 +129,21 @@ def test_a_second_derivative_is_refused_though_the_first_came_from_a_constant(ba
             (y.sum() + gradient.square().sum()).backward()
 
 
-def test_empty_coefficients_have_no_gradient(backend):
-    """clip_grad_norm_ fails on an empty gradient in the infinity norm."""
+def test_without_coefficients_there_is_no_parameter(backend, tmp_path):
+    """An empty gradient makes clip_grad_norm_ fail in the infinity norm."""
     own = pk.PeraLinear(8, 6, r=1, terms="cross", backend=backend)
     own(torch.randn(2, 8)).sum().backward()
-    assert own.pera_h.numel() == 0 and own.pera_h.grad is None
+    assert own.pera_h is None
     assert torch.isfinite(nn.utils.clip_grad_norm_(own.parameters(), 1.0, float("inf")))
+    pytest.importorskip("safetensors")
+    model, fresh = nn.Sequential(filled(own)), nn.Sequential(nn.Linear(8, 6))
+    fresh.load_state_dict(model.state_dict(), strict=False)
+    pk.save_adapter(model, tmp_path)
+    pk.load_adapter(fresh, tmp_path, backend=backend)
+    x = torch.randn(2, 8)
+    assert torch.equal(fresh(x), model(x))
+    update = own.scale * (own.pera_B @ own.pera_A)
+    torch.testing.assert_close(own.delta_weight(), update)
 
 
 # ---- state that does not fit

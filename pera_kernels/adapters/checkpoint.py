@@ -307,7 +307,10 @@ def _split(tensors: Mapping[str, torch.Tensor], path: Path) -> dict[str, dict[st
             raise ValueError(
                 f"{path} has a tensor {key!r}; those of an adapter end in {', '.join(PARTS)}"
             )
-        by_module.setdefault(module, {})[part] = tensor
+        own = by_module.setdefault(module, {})
+        # Files of old have an empty h where there are no coefficients.
+        if part != "pera_h" or tensor.numel() > 0:
+            own[part] = tensor
     return by_module
 
 

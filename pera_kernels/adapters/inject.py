@@ -151,15 +151,12 @@ def inject(
 
 def _modules_to_save(model: nn.Module, names: object) -> list[nn.Module]:
     if names is None:
-        frozen = [
-            n
-            for n, m in model.named_modules()
-            if matches(n, HEADS) and any(True for _ in m.parameters())
-        ]
+        heads = {n: m for n, m in model.named_modules() if matches(n, HEADS)}
+        frozen = [name for name, m in heads.items() if next(m.parameters(), None) is not None]
         if frozen and not adapted_modules(model):
-            heads = sorted({n.rpartition(".")[2] for n in frozen})
+            ends = sorted({name.rpartition(".")[2] for name in frozen})
             warnings.warn(
-                f"inject freezes {', '.join(frozen)}: modules_to_save={heads!r} trains what is new "
+                f"inject freezes {', '.join(frozen)}: modules_to_save={ends!r} trains what is new "
                 "in this model, and modules_to_save=() says that nothing is",
                 stacklevel=3,
             )

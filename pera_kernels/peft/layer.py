@@ -165,7 +165,7 @@ class PeraLayer(nn.Module, BaseTunerLayer):
         dtype = dtype if dtype in FLOATING else torch.float32
         self.pera_A[adapter_name] = nn.Parameter(A.to(device, dtype))
         self.pera_B[adapter_name] = nn.Parameter(B.to(device, dtype))
-        if config.terms != "linear":
+        if L:
             self.pera_h[adapter_name] = nn.Parameter(h.to(device, dtype))
         self.set_adapter(self.active_adapters)
 
