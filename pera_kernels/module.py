@@ -160,8 +160,10 @@ class PeraLinear(nn.Module):
     @classmethod
     def adapting(cls, layer: nn.Module, options: AdapterOptions) -> PeraLinear:
         """:meth:`from_linear` with options that are checked already."""
-        if isinstance(layer, PeraLinear):
-            raise ValueError("layer is a PeraLinear already; unmerge and use it, or adapt its base")
+        if isinstance(layer, PeraLinear) or hasattr(type(layer), "pera_view"):
+            raise ValueError(
+                f"layer is a {type(layer).__name__} with an adapter already: use that, or unload it"
+            )
         if not isinstance(layer, nn.Module):
             raise TypeError(f"layer must be an nn.Module; got {type(layer).__name__}")
         if features(layer) is None:
@@ -195,6 +197,8 @@ class PeraLinear(nn.Module):
         bias = layer.bias
         self.register_parameter("bias", None if bias is None else bias.requires_grad_(False))  # type: ignore[arg-type, operator, union-attr]
 
+    # What is made in inference mode could never train.
+    @torch.inference_mode(False)
     def _add_adapter(self, options: AdapterOptions) -> None:
         self.r = r = options.r
         self.alpha = float(r if options.alpha is None else options.alpha)
@@ -386,12 +390,17 @@ class PeraLinear(nn.Module):
             return
         self._refuse_tied()
         merged = self.merged_weight(safe)
-        base = self.weight.detach().clone() if keep_base else None
         factors, scale, terms = self._adapter()
-        copies = Factors(*(None if t is None else t.detach().clone() for t in factors))  # type: ignore[arg-type]
+        kept = [self.weight] if keep_base else list(factors)
+        # A copy that is made in inference mode could not be used outside of it.
+        with torch.inference_mode(False):
+            copies = [None if t is None else t.detach().clone() for t in kept]
         self.weight.copy_(merged)
-        self._added = None if keep_base else Adapter(copies, scale, terms)
-        self.merged_base, self.merged = base, True
+        if keep_base:
+            (self.merged_base,) = copies
+        else:
+            self._added = Adapter(Factors(*copies), scale, terms)  # type: ignore[arg-type]
+        self.merged = True
 
     @torch.no_grad()
     def unmerge(self) -> None:

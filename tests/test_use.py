@@ -146,6 +146,20 @@ def test_without_coefficients_there_is_no_parameter(backend, tmp_path):
     torch.testing.assert_close(own.delta_weight(), update)
 
 
+def test_an_output_that_is_not_used_gives_no_gradient(together, backend):
+    """Though it overflows: the gradient of x comes from what is used."""
+    model = filled(pk.inject(Attention(), ["q_proj", "k_proj", "v_proj"], r=3, backend=backend))
+    with torch.no_grad():
+        model.v_proj.pera_B.fill_(1e38)
+    x = torch.randn(4, 8, requires_grad=True)
+    q, k, _ = model(x)
+    q.sum().backward()
+    assert together == [3] and torch.isfinite(x.grad).all()
+    assert all(p.grad is None for p in model.k_proj.parameters())
+    k.sum().backward()
+    assert model.k_proj.pera_B.grad is not None and model.v_proj.pera_B.grad is None
+
+
 # ---- state that does not fit
 
 
@@ -194,6 +208,27 @@ def test_the_default_dtype_leaves_no_trace(dtype, backend):
     after = pk.PeraLinear(8, 6, r=r, backend=backend)
     after(torch.randn(20, 8)).sum().backward()
     assert after.pera_A.grad.dtype == torch.float32
+
+
+@pytest.mark.parametrize("keep_base", [True, False])
+def test_what_is_done_in_inference_mode_serves_outside_of_it(keep_base):
+    x = torch.randn(3, 8, requires_grad=True)
+    model = filled(pk.inject(nn.Sequential(nn.Linear(8, 6)), ["0"], r=2))
+    with torch.inference_mode():
+        model[0].merge(keep_base=keep_base)
+    with model[0].disabled():
+        model(x).sum().backward()
+    model[0].unmerge()
+    model(x).sum().backward()
+    assert model[0].pera_A.grad is not None
+
+
+def test_adapters_made_in_inference_mode_train():
+    model = nn.Sequential(nn.Linear(8, 6))
+    with torch.inference_mode():
+        pk.inject(model, ["0"], r=2)
+    model(torch.randn(3, 8)).sum().backward()
+    assert model[0].pera_B.grad is not None
 
 
 def test_inference_mode_and_a_device_leave_no_trace(backend):

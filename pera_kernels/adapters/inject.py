@@ -64,10 +64,9 @@ def _targets(
     for name, layer in modules.items():
         if not name or not matches(name, wanted):
             continue
-        if isinstance(layer, PeraLinear):
-            raise ValueError(f"{name} is a PeraLinear already; each layer takes one adapter")
-        if hasattr(type(layer), "pera_view"):
-            raise ValueError(f"{name} has an adapter of PEFT already; each layer takes one")
+        if isinstance(layer, PeraLinear) or hasattr(type(layer), "pera_view"):
+            kind = type(layer).__name__
+            raise ValueError(f"{name} is a {kind} already; each layer takes one adapter")
         if features(layer) is None:
             if isinstance(wanted, re.Pattern) or ".parametrizations." in name:
                 continue

@@ -308,7 +308,9 @@ class PeraLayer(nn.Module, BaseTunerLayer):
         merged = self.merged_weight([*self.merged_adapters, *names], safe_merge)
         weight = self._dense_weight()
         if self._merged_base is None:
-            self._merged_base = weight.detach().clone()
+            # A copy that is made in inference mode could not be used outside of it.
+            with torch.inference_mode(False):
+                self._merged_base = weight.detach().clone()
         weight.copy_(merged)
         self.merged_adapters.extend(names)
 
