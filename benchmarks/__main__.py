@@ -49,7 +49,8 @@ def cases(given: argparse.Namespace) -> list[Case]:
     """All combinations of the axes; those that are not given depend on the device."""
     gpu = given.device.type == "cuda"
     axes = (
-        given.dtypes or (("bfloat16",) if gpu else ("float32", "bfloat16")),
+        # Adapters are float32 unless somebody asks otherwise: that comes first.
+        given.dtypes or (*(() if gpu else ("float32",)), "bfloat16+float32", "bfloat16"),
         given.terms,
         given.ranks,
         given.dropout,

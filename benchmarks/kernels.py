@@ -253,7 +253,12 @@ def parser() -> argparse.ArgumentParser:
     add("--size", type=int, default=4096, help="in and out features (4096)")
     add("--rank", type=int, default=16, help="rank (16)")
     add("--terms", choices=TERMS, default="full", help=", ".join(TERMS))
-    add("--dtype", choices=tuple(rows.DTYPES), default="bfloat16", help=", ".join(rows.DTYPES))
+    add(
+        "--dtype",
+        choices=tuple(rows.DTYPES),
+        default="bfloat16+float32",
+        help=", ".join(rows.DTYPES),
+    )
     add("--rounds", type=int, default=8, help="turns of every kernel (8; 2 in a dry run)")
     add("--budget", type=int, metavar="SECONDS", help="start no case that would end later")
     add("--out", type=Path, help="append rows here (benchmarks/results/<device>.jsonl)")

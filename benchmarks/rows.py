@@ -23,10 +23,10 @@ RESULTS = ROOT / "benchmarks" / "results"
 # What --dtypes takes: the dtype of activations and weight, and of the adapter.
 DTYPES: dict[str, tuple[torch.dtype, torch.dtype]] = {
     "float32": (torch.float32, torch.float32),
-    "bfloat16": (torch.bfloat16, torch.bfloat16),
-    "float16": (torch.float16, torch.float16),
     "bfloat16+float32": (torch.bfloat16, torch.float32),
+    "bfloat16": (torch.bfloat16, torch.bfloat16),
     "float16+float32": (torch.float16, torch.float32),
+    "float16": (torch.float16, torch.float16),
 }
 
 # The keys of a row are explained in benchmarks/README.md.

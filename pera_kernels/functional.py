@@ -79,7 +79,7 @@ def apply(x: torch.Tensor, base: Base, adapter: Factors, options: Options) -> to
             y = _reference(tokens(x), rows_of(base, x.dtype), adapter, seed, options)
         else:
             y = PeraFunction.apply(x, *base, *adapter, seed, options)
-    return y.view(*x.shape[:-1], y.shape[1])
+    return _shaped(y, x)
 
 
 def apply_together(
@@ -118,8 +118,17 @@ def _finish(
     computed: tuple[torch.Tensor, torch.Tensor],
 ) -> torch.Tensor:
     base, adapter = pair
-    y = PeraFunction.apply(x, *base, *adapter, None, options, computed)
-    return y.view(*x.shape[:-1], y.shape[1])
+    return _shaped(PeraFunction.apply(x, *base, *adapter, None, options, computed), x)
+
+
+def _shaped(y: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    """``(T, M)`` with the leading dimensions of x.
+
+    As in ``F.linear`` it is no view: under FSDP2 a view that is changed in place loses its hooks.
+    """
+    if x.dim() == 2:
+        return y
+    return torch.ops.aten._unsafe_view(y, (*x.shape[:-1], y.shape[1]))  # type: ignore[no-any-return]
 
 
 def delta_weight(

@@ -161,8 +161,10 @@ def test_defaults_time_no_backend_twice():
     assert not {"torch", "triton", "reference-compiled"} & set(layers.DEFAULT)
     gpu = program.parser().parse_args(["--device", "cpu"])
     gpu.device = torch.device("cuda", 0)
-    assert [(case.T, case.N, case.dtype) for case in program.cases(gpu)] == [
-        (T, 4096, torch.bfloat16) for T in (16384, 4096, 512)
+    assert [(c.T, c.N, c.dtype, c.factor_dtype) for c in program.cases(gpu)] == [
+        (T, 4096, torch.bfloat16, adapters)
+        for adapters in (torch.float32, torch.bfloat16)
+        for T in (16384, 4096, 512)
     ]
     words = "--device cpu --dtypes bfloat16+float32 --shapes 8x16 --T 4 --terms square".split()
     (case,) = program.cases(program.parser().parse_args(words))

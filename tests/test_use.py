@@ -860,6 +860,60 @@ def test_float64_adapters_go_with_float64_layers():
     assert pk.PeraLinear(8, 6, r=2, dtype=torch.float64).pera_A.dtype == torch.float64
 
 
+# ---- sharded
+
+
+def average(parameter):
+    torch.distributed.all_reduce(parameter.grad)
+    parameter.grad /= torch.distributed.get_world_size()
+
+
+def fsdp1(rank, file):
+    """What docs/torch.md says for FSDP1, in one of two processes."""
+    from torch.distributed.fsdp import FullyShardedDataParallel
+
+    torch.distributed.init_process_group("gloo", f"file://{file}", rank=rank, world_size=2)
+    model = trained(plain_model().bfloat16())
+    plain, adapters = copy.deepcopy(model), list(pk.adapter_parameters(model))
+    for parameter in adapters:
+        parameter.register_post_accumulate_grad_hook(average)
+    sharded = FullyShardedDataParallel(
+        model, ignored_states=adapters, use_orig_params=True, device_id=torch.device("cpu")
+    )
+    x = torch.randn(4, 24, generator=torch.Generator().manual_seed(1)).bfloat16()
+    sharded(x[2 * rank : 2 * rank + 2]).float().square().mean().backward()
+    plain(x).float().square().mean().backward()
+    for own, alone in zip(adapters, pk.adapter_parameters(plain), strict=True):
+        torch.testing.assert_close(own.grad, alone.grad, rtol=2e-2, atol=2e-2)
+
+
+@pytest.mark.slow
+def test_fsdp1_with_adapters_left_out(tmp_path):
+    torch.multiprocessing.spawn(fsdp1, (tmp_path / "store",), nprocs=2)
+
+
+@pytest.mark.filterwarnings("error::UserWarning")
+def test_fsdp2_takes_float32_adapters_over_half_precision(tmp_path):
+    """And an output that is no view: one that is changed in place would lose its hooks."""
+    from torch.distributed.device_mesh import DeviceMesh
+    from torch.distributed.fsdp import fully_shard
+
+    file = tmp_path / "store"
+    torch.distributed.init_process_group("gloo", f"file://{file}", rank=0, world_size=1)
+    try:
+        model = trained(plain_model().bfloat16())[0].up
+        x = torch.randn(2, 3, 24).bfloat16()
+        expected = model(x)
+        fully_shard(model, mesh=DeviceMesh("cpu", [0]))
+        y = model(x)
+        assert torch.equal(y, expected) and not y._is_view()
+        y *= 2
+        y.sum().backward()
+        assert model.pera_A.grad is not None
+    finally:
+        torch.distributed.destroy_process_group()
+
+
 # ---- as nn.Linear
 
 

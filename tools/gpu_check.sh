@@ -76,7 +76,7 @@ else
     smoke_sizes=(--ranks 16 --terms full --dtypes bfloat16 --shapes 300x512x384)
     compile=(python3 -m tools.compile_report --precompile)
     compile_sizes=(--tokens 16384 4096 512 64 16 1 --ranks 16 --terms full --dtypes bf16 bf16+fp32)
-    more_sizes=(--kernels layer --tokens 16384 --ranks 16 32 --terms square full --dtypes bf16)
+    more_sizes=(--kernels layer --tokens 16384 --ranks 16 32 --terms square full --dtypes bf16+fp32)
     verify_sizes=(--ranks 3 16 --terms full square --dtypes bfloat16 float32)
     layer_sizes=(--device cuda --shapes 4096x4096 --rounds 12)
     layer_tokens=16384,4096,512,64,16,1 few_tokens=16384,4096
@@ -98,18 +98,19 @@ bench=(python3 -m benchmarks "${layer_sizes[@]}" --dropout 0)
 verify=(python3 -m pera_kernels verify --device "$device" --backend triton)
 
 first() {
-    local rows=$out/rows.jsonl peers=merged,peft-lora-amp,peft-lora,released-amp,released,auto
+    # float32 adapters, as a layer has them unless asked otherwise, are the headline.
+    local rows=$out/rows.jsonl half=bfloat16+float32
     step 25 "${verify[@]}" --ops pera_linear "${smoke_sizes[@]}" --jobs 0
     step 35 "${compile[@]}" "${compile_sizes[@]}" --budget 24
     step 20 "${compile[@]}" "${more_sizes[@]}" --budget 10
     step 35 "${verify[@]}" --ops pera_linear "${verify_sizes[@]}" --failures
-    step 110 "${bench[@]}" --dtypes bfloat16 --T "$layer_tokens" --ranks $rank --terms full \
-        --phases "$phases" --only $peers --budget 100 --out "$rows"
-    step 30 "${bench[@]}" --dtypes bfloat16+float32 --T "$few_tokens" --ranks $rank --terms full \
-        --phases both --only peft-lora-amp,auto --budget 26 --out "$rows"
-    step 20 "${bench[@]}" --dtypes bfloat16 --T "$large_tokens" --ranks $rank --terms square \
+    step 110 "${bench[@]}" --dtypes $half --T "$layer_tokens" --ranks $rank --terms full \
+        --phases "$phases" --only merged,peft-lora-amp,released-amp,auto --budget 100 --out "$rows"
+    step 30 "${bench[@]}" --dtypes bfloat16 --T "$few_tokens" --ranks $rank --terms full \
+        --phases both --only peft-lora,released,auto --budget 26 --out "$rows"
+    step 20 "${bench[@]}" --dtypes $half --T "$large_tokens" --ranks $rank --terms square \
         --phases both --only auto --out "$rows"
-    step 20 "${bench[@]}" --dtypes bfloat16 --T "$large_tokens" --ranks $high_rank --terms full \
+    step 20 "${bench[@]}" --dtypes $half --T "$large_tokens" --ranks $high_rank --terms full \
         --phases both --only auto --out "$rows"
     step 70 python3 -m benchmarks.kernels "${kernel_sizes[@]}" --budget 60 --out "$rows"
     step 75 python3 -m pytest -q "${parallel[@]}" -p no:cacheprovider "${device_tests[@]}"
@@ -118,8 +119,8 @@ first() {
 }
 
 second() {
-    step 50 "${bench[@]}" --dtypes bfloat16 --T "$headline_tokens" --ranks $rank --terms full \
-        --phases both --only merged,peft-lora-amp,peft-lora,auto --budget 44 \
+    step 50 "${bench[@]}" --dtypes bfloat16+float32 --T "$headline_tokens" --ranks $rank \
+        --terms full --phases both --only merged,peft-lora-amp,auto --budget 44 \
         --out "$out/rows-after.jsonl"
     step 100 python3 -m benchmarks.decoder "${decoder_sizes[@]}" --out "$out/decoder.jsonl"
     local sanitizer=(env PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool memcheck
