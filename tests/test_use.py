@@ -712,7 +712,49 @@ def test_adapters_over_half_precision_are_float32(dtype, tmp_path):
         pk.load_adapter(kept, tmp_path, overwrite=True, adapter_dtype=dtype)
 
 
+def test_a_model_that_is_synchronized_takes_no_new_adapters(tmp_path):
+    """Their gradients would differ from process to process."""
+    pytest.importorskip("safetensors")
+    pk.save_adapter(trained(), tmp_path / "adapter")
+    file = tmp_path / "store"
+    torch.distributed.init_process_group("gloo", f"file://{file}", rank=0, world_size=1)
+    try:
+        model = nn.parallel.DistributedDataParallel(plain_model())
+        for change in (
+            lambda: pk.inject(model, ["up"], r=2),
+            lambda: pk.load_adapter(model, tmp_path / "adapter"),
+        ):
+            with pytest.raises(ValueError, match="wrapped in DistributedDataParallel"):
+                change()
+        adapted = nn.parallel.DistributedDataParallel(trained(seed=5))
+        pk.load_adapter(adapted, tmp_path / "adapter", overwrite=True)
+        x = torch.randn(2, 24)
+        assert torch.equal(adapted(x), trained()(x))
+    finally:
+        torch.distributed.destroy_process_group()
+
+
 # ---- what is saved is what was trained
+
+
+def test_wrappers_are_no_part_of_a_name(tmp_path):
+    pytest.importorskip("safetensors")
+    from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
+
+    def wrapped():
+        model = plain_model()
+        model[0] = torch.compile(model[0], backend="eager")
+        model[1] = checkpoint_wrapper(model[1])
+        return model
+
+    x, model = torch.randn(2, 24), trained(wrapped(), targets=["up"])
+    with torch.no_grad():
+        model[1].down.bias.requires_grad_(True).add_(0.5)
+    pk.save_adapter(model, tmp_path)
+    filled = pk.inject(wrapped(), ["up"], r=3)
+    for loaded in (plain_model(), wrapped(), filled):
+        assert pk.load_adapter(loaded, tmp_path) == ([], [])
+        torch.testing.assert_close(loaded(x), model(x))
 
 
 def test_a_trained_head_is_saved(tmp_path):

@@ -13,11 +13,10 @@ from torch import nn
 
 from ..module import PeraLinear
 from .checkpoint import AdapterFile
+from .inject import WRAPPERS, base_name
 
 __all__ = ["Beside", "beside_in", "beside_of", "is_adapted", "tree"]
 
-# What compilation and checkpointed activations put around modules; no part of a module's name.
-WRAPPERS = ("_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module")
 # PEFT cannot save these whole, because they are not called.
 CONTAINERS = (nn.ModuleList, nn.ModuleDict, nn.ParameterList, nn.ParameterDict)
 
@@ -145,7 +144,7 @@ def beside_in(model: nn.Module, adapted: Collection[str], adapter: str | None = 
     states = {}
     for name in taken:
         state = whole.get(name, modules[name]).state_dict()
-        states[name] = {_plain(key): tensor.detach() for key, tensor in state.items()}
+        states[name] = {base_name(key): tensor.detach() for key, tensor in state.items()}
     kept = {name: bias for name, bias in biases.items() if not _within(name, taken)}
     return Beside(states, kept, tuple(sorted(wanted)))
 
@@ -178,10 +177,6 @@ def beside_of(read: AdapterFile, wanted: Collection[str] = ()) -> Beside:
     _check_hidden(list(whole), adapted)
     frozen = {key.removesuffix(".weight"): read.parameters[key] for key in read.frozen}
     return Beside(whole, biases, tuple(sorted(whole)), frozen)
-
-
-def _plain(key: str) -> str:
-    return ".".join(part for part in key.split(".") if part not in WRAPPERS)
 
 
 def _told_biases(

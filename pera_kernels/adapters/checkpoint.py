@@ -25,7 +25,15 @@ from ..checks import FLOATING, check_adapter, check_model
 from ..module import AdapterOptions, features
 from ..terms import TERMS
 from . import files
-from .inject import adapted_modules, adapter_parameters, adopt, named_places, require_adapters
+from .inject import (
+    adapted_modules,
+    adapter_parameters,
+    adopt,
+    base_name,
+    named_places,
+    refuse_parallel,
+    require_adapters,
+)
 from .ties import refuse_shared
 
 __all__ = [
@@ -61,8 +69,8 @@ BASE_LAYER, BASE_WEIGHT = ".base_layer.", ".base_layer.weight"
 
 
 def plain_name(name: str) -> str:
-    """The name of a parameter in a model without adapters."""
-    return name.replace(BASE_LAYER, ".")
+    """The name of a parameter in a model without adapters and wrappers."""
+    return base_name(name).replace(BASE_LAYER, ".")
 
 
 @dataclass(frozen=True)
@@ -201,17 +209,19 @@ def save_adapter(
     """
     model, folder = unwrapped(model), Path(folder)
     layers = require_adapters(model, "save")
-    options = {name: {key: getattr(m, key) for key in OPTIONS} for name, m in layers.items()}
-    tensors = adapter_state_dict(model)
+    options = {
+        base_name(name): {key: getattr(m, key) for key in OPTIONS} for name, m in layers.items()
+    }
+    tensors = {base_name(name): tensor for name, tensor in adapter_state_dict(model).items()}
     _check_modules(options, _split(tensors, folder), folder)
     for name, m in layers.items():
         has, wants = (m.pera_A.shape[1], m.pera_B.shape[0]), (m.in_features, m.out_features)
         if has != wants:
             raise ValueError(f"{name}: A and B are for (in, out) {has}, the layer has {wants}")
-    others = other_trained(model)
+    others = {base_name(name): p.detach() for name, p in other_trained(model).items()}
     config = _config(options, list(others), base_model or _base_model_hint(model))
     text = json.dumps(config, sort_keys=True)
-    tensors = {PREFIX + name: t.detach() for name, t in {**tensors, **others}.items()}
+    tensors = {PREFIX + name: tensor for name, tensor in {**tensors, **others}.items()}
     folder.mkdir(parents=True, exist_ok=True)
     metadata = {"pera_config": text, "pera_digest": _digest(text, tensors)}
     files.write_safetensors(folder / TENSORS_FILE, tensors, metadata)
@@ -457,7 +467,7 @@ def load_adapter(
     """
     check_model(model)
     read = read_adapter(folder)
-    return place(unwrapped(model), read, strict, overwrite, backend, adapter_dtype)
+    return place(model, read, strict, overwrite, backend, adapter_dtype)
 
 
 def place(
@@ -469,6 +479,9 @@ def place(
     adapter_dtype: torch.dtype | None = None,
 ) -> Incompatible:
     """:func:`load_adapter` of what was read."""
+    wrapped, model = model, unwrapped(model)
+    if not adapted_modules(model):
+        refuse_parallel(wrapped)
     if not adapted_modules(model):
         return _inject(model, adapter, strict, backend, adapter_dtype)
     if adapter_dtype is not None:
@@ -531,7 +544,8 @@ def _inject(
     backend: str,
     adapter_dtype: torch.dtype | None,
 ) -> Incompatible:
-    modules = dict(model.named_modules(remove_duplicate=False))
+    # Of a wrapper and what it wraps, which have one name, the inner one comes last.
+    modules = {base_name(n): m for n, m in model.named_modules(remove_duplicate=False)}
     unexpected = [name for name in adapter.tensors if not name or name not in modules]
     misshapen = []
     for name, own in adapter.tensors.items():
@@ -559,13 +573,13 @@ def _inject(
     for name in fitting:
         stored = adapter.tensors[name]["pera_A"].dtype
         dtype = adapter_dtype or _adapter_dtype(modules[name], stored)
-        options[name] = AdapterOptions(
+        options[modules[name]] = AdapterOptions(
             **adapter.options[name], adapter_dtype=dtype, backend=backend
         )
-    adopt(model, named_places(model, [modules[name] for name in fitting]), options)
+    adapted = adopt(model, named_places(model, options), options)
     _copy(
         [
-            (getattr(model.get_submodule(name), part), tensor)
+            (getattr(adapted[modules[name]], part), tensor)
             for name in fitting
             for part, tensor in adapter.tensors[name].items()
         ]
@@ -584,7 +598,7 @@ def _adapter_dtype(layer: nn.Module, stored: torch.dtype) -> torch.dtype:
 
 
 def _fill(model: nn.Module, adapter: AdapterFile, strict: bool, overwrite: bool) -> Incompatible:
-    layers = adapted_modules(model)
+    layers = {base_name(name): layer for name, layer in adapted_modules(model).items()}
     missing = [name for name in layers if name not in adapter.tensors]
     unexpected = [name for name in adapter.tensors if name not in layers]
     both = [name for name in layers if name in adapter.tensors]

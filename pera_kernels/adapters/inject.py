@@ -25,6 +25,15 @@ __all__ = ["adapted_modules", "adapter_parameters", "inject"]
 
 # Heads that are new where a pretrained model gets one: frozen, they would stay random.
 HEADS = ("classifier", "score", "qa_outputs")
+# What compilation and checkpointed activations put around modules; no part of a module's name.
+WRAPPERS = ("_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module")
+# They synchronize the parameters that they found when they were made.
+PARALLEL = ("DistributedDataParallel", "FullyShardedDataParallel", "FSDPModule", "DeepSpeedEngine")
+
+
+def base_name(name: str) -> str:
+    """A module's or a parameter's name without what wrappers put into it."""
+    return ".".join(part for part in name.split(".") if part not in WRAPPERS)
 
 
 def matches(name: str, targets: Sequence[str] | re.Pattern[str]) -> bool:
@@ -84,7 +93,6 @@ def _targets(
     )
     if unmatched or not places:
         raise ValueError(_no_such_target(model, unmatched))
-    refuse_read_weights(model, names)
     return places
 
 
@@ -144,7 +152,7 @@ def inject(
     options = AdapterOptions(r, alpha, terms, dropout, init, adapter_dtype, backend, plan)
     trained = _modules_to_save(model, modules_to_save)
     found = _targets(model, wanted)
-    adopt(model, found, dict.fromkeys((name for name, _, _ in found), options), groups, trained)
+    adopt(model, found, dict.fromkeys((layer for _, _, layer in found), options), groups, trained)
     return model
 
 
@@ -188,28 +196,32 @@ def named_places(
 def adopt(
     model: nn.Module,
     places: Sequence[tuple[str, nn.Module, nn.Module]],
-    options: Mapping[str, AdapterOptions],
+    options: Mapping[nn.Module, AdapterOptions],
     groups: Sequence[tuple[str, ...]] = SHARED_INPUTS,
     trained: Iterable[nn.Module] = (),
-) -> None:
-    """Put adapters with these options, which are by name, in these places, freeze everything else,
+) -> dict[nn.Module, PeraLinear]:
+    """Put adapters with these options, which are by layer, in these places, freeze everything else,
     and let the modules ``trained`` train. If anything fails, nothing is changed.
+
+    Returns:
+        The new layers by those whose place they took.
     """
+    refuse_parallel(model)
     lazy = [name for name, p in model.named_parameters() if nn.parameter.is_lazy(p)]
     if lazy:
         raise ValueError(
             f"model must have parameters with a shape; {', '.join(lazy[:8])} get theirs in its "
             "first call: call the model once before"
         )
+    refuse_read_weights(model, (name for name, _, _ in places))
     trainable = [(p, p.requires_grad) for p in model.parameters()]
     # A layer that stands under two names keeps doing so: one adapter for both.
     adapted: dict[nn.Module, PeraLinear] = {}
     # What trains beside the adapters of an earlier call was made to.
     first, done = not adapted_modules(model), []
     try:
-        for name, _, layer in places:
-            if layer not in adapted and name in options:
-                adapted[layer] = PeraLinear.adapting(layer, options[name])
+        for layer, own in options.items():
+            adapted[layer] = PeraLinear.adapting(layer, own)
         if first:
             model.requires_grad_(False)
         for module in trained:
@@ -228,6 +240,18 @@ def adopt(
         for parameter, requires_grad in trainable:
             parameter.requires_grad_(requires_grad)
         raise
+    return adapted
+
+
+def refuse_parallel(model: nn.Module) -> None:
+    """Raise for a model that others synchronize: they would leave new parameters out."""
+    for module in model.modules():
+        kinds = [kind.__name__ for kind in type(module).__mro__ if kind.__name__ in PARALLEL]
+        if kinds:
+            raise ValueError(
+                f"model is wrapped in {kinds[0]}, which would not synchronize new adapters: put "
+                "them in before it is wrapped"
+            )
 
 
 def _record_ties(model: nn.Module, layers: Iterable[PeraLinear]) -> None:

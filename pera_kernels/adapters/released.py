@@ -14,7 +14,7 @@ from torch import nn
 from ..checks import check_model
 from ..terms import coefficient_count
 from . import files
-from .checkpoint import PREFIX, AdapterFile, Incompatible, _check_modules, place, unwrapped
+from .checkpoint import PREFIX, AdapterFile, Incompatible, _check_modules, place
 
 __all__ = ["load_released"]
 
@@ -79,7 +79,7 @@ def load_released(
         }
     _check_modules(options, by_module, file)
     adapter = AdapterFile(file, options, by_module)
-    return place(unwrapped(model), adapter, strict, overwrite, backend, adapter_dtype)
+    return place(model, adapter, strict, overwrite, backend, adapter_dtype)
 
 
 def _file(path: Path) -> Path:
