@@ -88,7 +88,7 @@ def _definitions(module: nn.Module, name: str) -> Iterator[FunctionType]:
             yield method
 
 
-@functools.cache
+@functools.lru_cache(maxsize=4096)
 def _read(function: FunctionType) -> tuple[frozenset[str], frozenset[str], bool]:
     """Of a method's source: paths P with ``self.P.weight`` where more is asked for than its
     description; paths of ``self`` that are called; whether it calls what it overrides.
