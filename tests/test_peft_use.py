@@ -5,6 +5,7 @@ import importlib
 import pickle
 import sys
 import warnings
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -620,3 +621,50 @@ def test_without_peft_the_import_says_what_to_install(monkeypatch):
     with pytest.raises(ImportError, match=r'pip install "pera_kernels\[peft\]"') as raised:
         importlib.import_module("pera_kernels.peft")
     assert isinstance(raised.value.__cause__, ModuleNotFoundError)
+
+
+def test_adapters_that_are_not_called_are_named():
+    class Fused(transformers.LlamaForCausalLM):
+        def forward(self, input_ids=None, **kwargs):
+            hidden = self.model(input_ids=input_ids).last_hidden_state
+            return hidden @ self._modules["lm_head"].weight.t()
+
+    fused = Fused(llama().config)
+    model = peft.get_peft_model(
+        fused, config(target_modules=["q_proj", "lm_head"], task_type="CAUSAL_LM")
+    )
+    with pytest.warns(UserWarning, match="1 adapted layers were not called.*: lm_head"):
+        model(input_ids=IDS)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        model(input_ids=IDS)
+
+
+def test_a_layer_whose_weight_is_read_is_refused():
+    class Fused(Plain):
+        def forward(self, x):
+            return self.first(x) @ self.v_proj.weight.t()
+
+    plain = Fused()
+    with pytest.raises(ValueError, match=r"v_proj \(by Fused\)"):
+        peft.get_peft_model(plain, config(target_modules=["v_proj"]))
+    assert type(plain.v_proj) is nn.Linear and plain.v_proj.weight.requires_grad
+
+
+@pytest.mark.parametrize("where", ["forward", "backward"])
+def test_a_checkpoint_computes_again_what_its_forward_computed(where):
+    from torch.utils.checkpoint import checkpoint
+
+    model, x = plain(), torch.randn(3, 4, requires_grad=True)
+
+    def gradient(call):
+        x.grad = None
+        with model.disable_adapter() if where == "forward" else nullcontext():
+            y = call(x)
+        with model.disable_adapter() if where == "backward" else nullcontext():
+            y.square().sum().backward()
+        return x.grad
+
+    expected = gradient(model)
+    got = gradient(lambda x: checkpoint(model, x, use_reentrant=True))
+    torch.testing.assert_close(got, expected)

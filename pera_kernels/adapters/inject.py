@@ -86,18 +86,17 @@ def _targets(
         found.append(layer)
     places = named_places(model, found)
     names = [name for name, _, _ in places]
-    unmatched = (
-        []
-        if isinstance(wanted, re.Pattern)
-        else [target for target in wanted if not any(matches(name, [target]) for name in names)]
-    )
-    if unmatched or not places:
-        raise ValueError(_no_such_target(model, unmatched))
+    if isinstance(wanted, re.Pattern):
+        missed = [] if places else [wanted.pattern]
+    else:
+        missed = [t for t in wanted if not any(matches(name, [t]) for name in names)]
+    if missed:
+        raise ValueError(_no_such_target(model, missed))
     return places
 
 
 def _no_such_target(model: nn.Module, unmatched: Sequence[str]) -> str:
-    told = ", ".join(map(repr, unmatched)) or "the regular expression"
+    told = ", ".join(map(repr, unmatched))
     linear = [n for n, m in model.named_modules() if n and features(m) is not None]
     shown = ", ".join(linear[:8]) + (", ..." if len(linear) > 8 else "")
     fused = [n for n, _ in model.named_parameters() if matches(n, unmatched)]
