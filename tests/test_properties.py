@@ -224,8 +224,8 @@ def test_merging_equals_applying(p):
         for name in ("weight", "bias"):
             getattr(layer, name).copy_(inputs[name])
         for name in "ABh":
-            if inputs[name] is not None:
-                getattr(layer, f"pera_{name}").copy_(inputs[name])
+            if (own := getattr(layer, f"pera_{name}")) is not None:
+                own.copy_(inputs[name])
         weight, applied = layer.weight.clone(), layer(inputs["x"])
         layer.merge()
         merged = layer(inputs["x"])
