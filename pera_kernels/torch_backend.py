@@ -148,19 +148,20 @@ def expand(
     """φ(factor) ``(K, C)`` of a factor ``(R, C)`` in circular order (Eq. 2, 3), times ``c (K,)``
     if given; products are rounded once to ``dtype``.
     """
-    R, C = factor.shape
-    kept = offsets(R, terms)
+    R, kept = factor.shape[0], offsets(factor.shape[0], terms)
     if not kept:
         return factor.to(dtype)
     # A single product of equal dtypes is rounded once by PyTorch itself.
     work = dtype if factor.dtype == dtype and c is None else _at_least_float32(factor.dtype)
     rows = factor.to(work)
-    # The partner of row l at the circular offset d is row (l + d) mod R.
     wrapped = torch.cat([rows, rows[: kept.stop - 1]])
-    phi = torch.cat([rows, *(wrapped[d : d + R] for d in kept)])
-    phi[R:].view(len(kept), R, C).mul_(wrapped[:R])
+    rows = wrapped[:R]
+    # The partner of row l at the circular offset d is row (l + d) mod R: R rows from row d on.
+    partners = wrapped[kept.start :].unfold(0, R, 1).transpose(1, 2)
+    phi = torch.cat([rows.unsqueeze(0), partners])
+    phi[1:].mul_(rows)
     # The last offset of an even rank has half as many pairs.
-    phi = phi[: expanded_rank(R, terms)]
+    phi = phi.flatten(0, 1)[: expanded_rank(R, terms)]
     return (phi if c is None else phi.mul_(c.unsqueeze(1))).to(dtype)
 
 
@@ -192,6 +193,8 @@ def contract(
         )
     if c is not None:
         dphi = dphi * c.unsqueeze(1)
+    if torch.compiler.is_compiling():
+        return _gathered(dphi, rows, kept).to(factor.dtype), dh
     extra = kept.stop - 1
     rows = torch.cat([rows, rows[:extra]])
     df = torch.zeros_like(rows)
@@ -203,6 +206,24 @@ def contract(
         df[d : d + n].addcmul_(block, rows[:n])
     df[:extra] += df[R:]
     return df[:R].to(factor.dtype), dh
+
+
+def _gathered(dphi: torch.Tensor, rows: torch.Tensor, kept: range) -> torch.Tensor:
+    """The sums of :func:`contract` as one sum over the offsets and their negatives.
+
+    A compiler takes long over a loop that writes to slices. Of this it makes a single loop, without
+    the temporaries ``(2 D, R, C)`` that an eager evaluation would write.
+    """
+    (R, C), D, device = rows.shape, len(kept), rows.device
+    lane, number = torch.arange(R, device=device), torch.arange(2 * D, device=device).unsqueeze(1)
+    block, ahead = number % D, number < D
+    d = block + kept.start
+    # Row l stands in lane l with the row that is d ahead, and in the lane of the row d behind.
+    partner = torch.where(ahead, lane + d, lane + R - d) % R
+    # The last offset of an even rank has half as many pairs.
+    missing = dphi.new_zeros((D + 1) * R - dphi.shape[0], C)
+    blocks = torch.cat([dphi, missing])[R:].view(D, R, C)
+    return dphi[:R] + (blocks[block, torch.where(ahead, lane, partner)] * rows[partner]).sum(0)
 
 
 def scaled_product(a: torch.Tensor, b: torch.Tensor, scale: float) -> torch.Tensor:

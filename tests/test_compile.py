@@ -4,6 +4,8 @@ import shutil
 
 import pytest
 import torch
+from functorch.compile import make_boxed_func
+from torch._dynamo.backends.common import aot_autograd
 
 import pera_kernels as pk
 from pera_kernels import testing as numerics
@@ -69,6 +71,39 @@ def test_dynamic_number_of_tokens(backend, device):
     for tokens in (3, 8, 17):
         x = torch.randn(tokens, 24, device=device)
         torch.testing.assert_close(compiled(x), layer(x))
+
+
+@pytest.mark.parametrize("terms", ["full", "square", "cross"])
+@pytest.mark.parametrize("r", [1, 3, 4, 17])
+def test_gradients_of_every_rank(r, terms, device):
+    """A compiled gradient sums over the pairs in its own way: of even ranks and of odd ones."""
+    torch._dynamo.reset()
+    layer = pk.PeraLinear(24, 12, r=r, terms=terms, backend="torch", dtype=torch.float64).to(device)
+    parameters = list(pk.adapter_parameters(layer))
+    for parameter in parameters:
+        torch.nn.init.normal_(parameter)
+    x = torch.randn(5, 24, dtype=torch.float64, device=device)
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    eager, traced = (
+        torch.autograd.grad(run(x).square().sum(), parameters) for run in (layer, compiled)
+    )
+    torch.testing.assert_close(eager, traced)
+
+
+def test_a_graph_does_not_grow_with_the_rank(device):
+    """Compile time follows the number of operators: no loop over the pairs is left in a graph."""
+    counts = set()
+
+    def count(graph, _):
+        counts.add(len(graph.graph.nodes))
+        return make_boxed_func(graph.forward)
+
+    for r in (8, 16):
+        torch._dynamo.reset()
+        layer = pk.PeraLinear(40, 36, r=r, backend="torch", device=device)
+        compiled = torch.compile(layer, backend=aot_autograd(fw_compiler=count, bw_compiler=count))
+        compiled(torch.randn(30, 40, device=device)).sum().backward()
+    assert len(counts) == 2
 
 
 @pytest.fixture
