@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -57,4 +58,5 @@ class Saved(NamedTuple):
 
 def tokens(x: torch.Tensor) -> torch.Tensor:
     """All leading dimensions flattened: ``(..., N)`` -> ``(T, N)``; a view where strides allow."""
-    return x.reshape(x.shape[:-1].numel(), x.shape[-1])
+    # Not Size.numel(): it makes a symbolic size, as of an export, a constant.
+    return x.reshape(math.prod(x.shape[:-1]), x.shape[-1])

@@ -106,6 +106,37 @@ def test_a_graph_does_not_grow_with_the_rank(device):
     assert len(counts) == 2
 
 
+@pytest.mark.parametrize("strict", [False, True])
+@pytest.mark.parametrize("grad", [False, True])
+@pytest.mark.parametrize("injected", [False, True])
+def test_an_exported_program_takes_any_number_of_tokens(injected, grad, strict, device):
+    """Also where that is few beside the features, and in layers that share their input."""
+    layer = pk.PeraLinear(40, 36, r=16, backend="torch", device=device)
+    model = Projections().to(device) if injected else layer
+    if injected:
+        pk.inject(model, ["q_proj", "k_proj"], r=4, backend="torch")
+    for parameter in pk.adapter_parameters(model):
+        torch.nn.init.normal_(parameter, std=0.3)
+    dynamic = ({1: torch.export.Dim("tokens", min=2)},)
+    with torch.set_grad_enabled(grad):
+        x = torch.randn(2, 9, 40, device=device)
+        program = torch.export.export(model.eval(), (x,), dynamic_shapes=dynamic, strict=strict)
+        for tokens in (2, 9, 30, 300):
+            x = torch.randn(2, tokens, 40, device=device)
+            torch.testing.assert_close(program.module()(x), model(x), rtol=1e-4, atol=1e-4)
+
+
+class Projections(torch.nn.Module):
+    """Two layers that read one input."""
+
+    def __init__(self):
+        super().__init__()
+        self.q_proj, self.k_proj = torch.nn.Linear(40, 36), torch.nn.Linear(40, 36)
+
+    def forward(self, x):
+        return self.q_proj(x) * self.k_proj(x)
+
+
 @pytest.fixture
 def arguments(device):
     if (reason := unavailable("triton", device)) is not None:
