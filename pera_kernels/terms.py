@@ -38,6 +38,11 @@ def check_terms(terms: str) -> None:
 
 def check_rank(r: int, name: str = "r") -> None:
     if isinstance(r, bool) or not isinstance(r, int):
+        if torch.jit.is_tracing():
+            # Every size is a tensor there, and with it the rank.
+            raise NotImplementedError(
+                "torch.jit.trace cannot trace PERA; use torch.export.export, or merge the adapters"
+            )
         raise TypeError(f"{name} must be an int >= 1; got {r!r} of type {type(r).__name__}")
     if r < 1:
         raise ValueError(f"{name} must be an int >= 1; got {r}")

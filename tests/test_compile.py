@@ -137,6 +137,16 @@ class Projections(torch.nn.Module):
         return self.q_proj(x) * self.k_proj(x)
 
 
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore:.*torch.jit")
+def test_tracing_names_what_to_use(backend, device):
+    layer = pk.PeraLinear(24, 12, r=3, backend=backend, device=device)
+    x = torch.randn(5, 24, device=device)
+    with pytest.raises(NotImplementedError, match=r"torch\.export\.export, or merge"):
+        torch.jit.trace(layer, x)
+    layer.merge()
+    assert torch.equal(torch.jit.trace(layer, x)(x), layer(x))
+
+
 @pytest.fixture
 def arguments(device):
     if (reason := unavailable("triton", device)) is not None:
