@@ -195,17 +195,18 @@ def contract(
         dphi = dphi * c.unsqueeze(1)
     if torch.compiler.is_compiling():
         return _gathered(dphi, rows, kept).to(factor.dtype), dh
-    extra = kept.stop - 1
-    rows = torch.cat([rows, rows[:extra]])
-    df = torch.zeros_like(rows)
-    df[:R] = dphi[:R]
+    wrapped = torch.cat([rows, rows[: kept.stop - 1]])
+    df = dphi[:R].clone()
     for number, d in enumerate(kept):
         block = dphi[R + number * R :][:R]
         n = block.shape[0]
-        df[:n].addcmul_(block, rows[d : d + n])
-        df[d : d + n].addcmul_(block, rows[:n])
-    df[:extra] += df[R:]
-    return df[:R].to(factor.dtype), dh
+        df[:n].addcmul_(block, wrapped[d : d + n])
+        # Row l + d, which for the last lanes is row l + d - R.
+        inside = min(n, R - d)
+        df[d : d + inside].addcmul_(block[:inside], rows[:inside])
+        if inside < n:
+            df[: n - inside].addcmul_(block[inside:], rows[inside:n])
+    return df.to(factor.dtype), dh
 
 
 def _gathered(dphi: torch.Tensor, rows: torch.Tensor, kept: range) -> torch.Tensor:
