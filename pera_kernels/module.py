@@ -333,9 +333,10 @@ class PeraLinear(nn.Module):
 
         Raises:
             TypeError: the weight is not a plain parameter.
-            ValueError: with ``safe``, the result is not finite.
+            ValueError: A, B and h do not fit, or with ``safe``, the result is not finite.
         """
         self.check_plain_weight()
+        self.check_fit()
         delta = self._exact_delta(self._adapter())
         merged = delta.add_(self.base_weight()).to(self.weight.dtype)
         if safe and merged.device.type != "meta" and not torch.isfinite(merged).all():
@@ -345,6 +346,14 @@ class PeraLinear(nn.Module):
                 "weight is unchanged (merge(safe=False) merges all the same)"
             )
         return merged
+
+    def check_fit(self) -> None:
+        """Raise if A, B and h, which may have been replaced, do not fit each other or the layer."""
+        A, B, h = self._factors()
+        checks.check_adapter(A, B, h, self.terms)
+        has, wants = (A.shape[1], B.shape[0]), (self.in_features, self.out_features)
+        if has != wants:
+            raise ValueError(f"A and B are for (in, out) {has}, the layer has {wants}")
 
     def check_plain_weight(self) -> None:
         """Raise if ``weight`` is computed from other tensors: what is written to it is lost."""
@@ -383,8 +392,8 @@ class PeraLinear(nn.Module):
 
         Raises:
             TypeError: the weight is computed from other tensors.
-            ValueError: the merged weight would not be finite, or ``inject`` found that other
-                modules share it, and they still do. The weight is untouched.
+            ValueError: A, B and h do not fit, the merged weight would not be finite, or ``inject``
+                found that other modules share it, and they still do. The weight is untouched.
         """
         if self.merged:
             return

@@ -145,6 +145,28 @@ def test_merge_without_a_kept_base_unmerges_approximately():
     torch.testing.assert_close(layer.weight, base, rtol=1e-6, atol=1e-6)
 
 
+@pytest.mark.parametrize("keep_base", [True, False])
+def test_a_merge_in_inference_mode_is_good_for_training(keep_base):
+    layer = trained()
+    with torch.inference_mode():
+        layer.merge(keep_base=keep_base)
+    x = torch.randn(6, 20, requires_grad=True)
+    with layer.disabled():
+        layer(x).sum().backward()
+    expected = torch.ones(6, 12) @ layer.base_weight()
+    torch.testing.assert_close(x.grad, expected)
+
+
+@pytest.mark.parametrize("name, shape", [("pera_A", (3, 19)), ("pera_B", (1, 3))])
+def test_merge_refuses_factors_of_other_features(name, shape):
+    layer = trained()
+    setattr(layer, name, nn.Parameter(torch.randn(shape)))
+    before = layer.weight.clone()
+    with pytest.raises(ValueError, match=r"A and B are for \(in, out\)"):
+        layer.merge()
+    assert torch.equal(layer.weight, before) and not layer.merged
+
+
 def test_merge_refuses_what_is_not_finite():
     layer = trained(dtype=torch.float16, adapter_dtype=torch.float32)
     with torch.no_grad():
