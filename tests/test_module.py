@@ -1,5 +1,6 @@
 """PeraLinear as a drop-in: state, merging, disabling, copies, bases of every kind."""
 
+import contextlib
 import copy
 import io
 import pickle
@@ -8,6 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.checkpoint import CheckpointError, checkpoint
 
 import pera_kernels as pk
 
@@ -165,6 +167,22 @@ def test_merge_refuses_factors_of_other_features(name, shape):
     with pytest.raises(ValueError, match=r"A and B are for \(in, out\)"):
         layer.merge()
     assert torch.equal(layer.weight, before) and not layer.merged
+
+
+@pytest.mark.parametrize("disabled", ["forward", "backward"])
+def test_a_checkpoint_that_is_not_reentrant_tells_disabled_from_merged(disabled):
+    """Both save one weight of one shape: the gradient would be that of the other."""
+    layer = trained()
+    layer.merge()
+    x = torch.randn(6, 20, requires_grad=True)
+
+    def around(part):
+        return layer.disabled() if disabled == part else contextlib.nullcontext()
+
+    with around("forward"):
+        y = checkpoint(layer, x, use_reentrant=False)
+    with around("backward"), pytest.raises(CheckpointError):
+        y.sum().backward()
 
 
 def test_merge_refuses_what_is_not_finite():
