@@ -189,7 +189,7 @@ def _as_autocast_says(x: torch.Tensor, base: Base) -> tuple[torch.Tensor, Base]:
     return x, base
 
 
-def _transformed() -> bool:
+def transformed() -> bool:
     """Whether a ``torch.func`` transform or forward-mode differentiation is active."""
     if torch.compiler.is_compiling():
         return False
@@ -198,7 +198,7 @@ def _transformed() -> bool:
 
 def _resolved(backend: str, device: torch.device, dtypes: tuple[torch.dtype, ...]) -> str:
     """The backend to use. Every transform goes through the reference's plain operators."""
-    if not _transformed():
+    if not transformed():
         return resolve(backend, device, dtypes)
     if backend == "triton":
         raise ValueError(

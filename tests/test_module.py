@@ -185,6 +185,16 @@ def test_a_checkpoint_that_is_not_reentrant_tells_disabled_from_merged(disabled)
         y.sum().backward()
 
 
+@pytest.mark.parametrize("keep_base", [True, False])
+def test_a_disabled_merged_layer_is_transformed_as_its_base(keep_base, backend, device):
+    layer = trained(device, backend=backend)
+    x, expected = torch.randn(6, 20, device=device), layer.weight.clone()
+    layer.merge(keep_base=keep_base)
+    with layer.disabled():
+        _, tangent = torch.func.jvp(layer, (x,), (x,))
+    torch.testing.assert_close(tangent, x @ expected.t())
+
+
 def test_merge_refuses_what_is_not_finite():
     layer = trained(dtype=torch.float16, adapter_dtype=torch.float32)
     with torch.no_grad():
