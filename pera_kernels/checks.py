@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
+from collections.abc import Iterator
 from numbers import Real
 
 import torch
@@ -27,6 +29,15 @@ def check_backend(backend: str) -> None:
 def check_plan(plan: str) -> None:
     if plan not in PLANS:
         raise ValueError(f"plan must be one of {', '.join(map(repr, PLANS))}; got {plan!r}")
+
+
+@contextlib.contextmanager
+def naming(name: str) -> Iterator[None]:
+    """Put a module's name before an error's message."""
+    try:
+        yield
+    except (TypeError, ValueError) as error:
+        raise type(error)(f"{name}: {error}") from error
 
 
 def check_model(model: object) -> None:

@@ -21,7 +21,7 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 from torch import nn
 
-from ..checks import FLOATING, check_adapter, check_model
+from ..checks import FLOATING, check_adapter, check_model, naming
 from ..module import AdapterOptions, features
 from ..terms import TERMS
 from . import files
@@ -214,10 +214,9 @@ def save_adapter(
     }
     tensors = {base_name(name): tensor for name, tensor in adapter_state_dict(model).items()}
     _check_modules(options, _split(tensors, folder), folder)
-    for name, m in layers.items():
-        has, wants = (m.pera_A.shape[1], m.pera_B.shape[0]), (m.in_features, m.out_features)
-        if has != wants:
-            raise ValueError(f"{name}: A and B are for (in, out) {has}, the layer has {wants}")
+    for name, layer in layers.items():
+        with naming(name):
+            layer.check_fit()
     others = {base_name(name): p.detach() for name, p in other_trained(model).items()}
     config = _config(options, list(others), base_model or _base_model_hint(model))
     text = json.dumps(config, sort_keys=True)

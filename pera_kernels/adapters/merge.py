@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from typing import Any, TypeVar
 
 from torch import nn
 
+from ..checks import naming
 from ..module import PeraLinear, PeraOverModule
 from .hooks import remove_all_hooks
 from .inject import named_places, require_adapters
@@ -63,26 +63,18 @@ def _merge(model: nn.Module, safe: bool, keep_base: bool, progress: Progress) ->
     if not keep_base and safe:
         # Nothing to go back to later: every sum is looked at before the first is written.
         for name, layer in waiting.items():
-            with _naming(name):
+            with naming(name):
                 layer.merged_weight(safe=True)
     done = []
     try:
         for name, layer in progress(list(waiting.items())):
-            with _naming(name):
+            with naming(name):
                 layer.merge(safe=safe, keep_base=keep_base)
             done.append(layer)
     except BaseException:
         for layer in done:
             layer.unmerge()
         raise
-
-
-@contextlib.contextmanager
-def _naming(name: str) -> Iterator[None]:
-    try:
-        yield
-    except ValueError as error:
-        raise ValueError(f"{name}: {error}") from error
 
 
 def unmerge(model: ModelT) -> ModelT:

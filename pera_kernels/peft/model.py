@@ -27,6 +27,7 @@ from pera_kernels.adapters.inject import HEADS
 from pera_kernels.adapters.shared_inputs import shared_inputs
 from pera_kernels.adapters.ties import refuse_shared
 from pera_kernels.adapters.uncalled import refuse_read_weights, watch
+from pera_kernels.checks import naming
 from pera_kernels.terms import check_rank
 
 from .config import PeraConfig
@@ -210,7 +211,7 @@ class PeraModel(BaseTuner):
         before = {layer: list(layer.merged_adapters) for layer in self._layers().values()}
         try:
             for name, layer in self._layers().items():
-                with _naming(name), onload_layer(layer):
+                with naming(name), onload_layer(layer):
                     layer.merge(safe_merge=safe_merge, adapter_names=adapter_names)
         except BaseException:
             for layer, names in before.items():
@@ -233,7 +234,7 @@ class PeraModel(BaseTuner):
             self._check_known(adapter_names or [])
             self._check_merge_allowed()
             for name, layer in self._layers().items():
-                with _naming(name), onload_layer(layer):
+                with naming(name), onload_layer(layer):
                     own = [n for n in adapter_names or layer.active_adapters if n in layer.pera_A]
                     if own and safe_merge:
                         layer.merged_weight(own, safe=True)
@@ -475,12 +476,3 @@ def _with_names(
     names: list[str], layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
     return args, {**kwargs, "adapter_names": names}
-
-
-@contextmanager
-def _naming(name: str) -> Iterator[None]:
-    """Put the module's name before an error's message."""
-    try:
-        yield
-    except (TypeError, ValueError) as error:
-        raise type(error)(f"{name}: {error}") from error
