@@ -5,6 +5,8 @@ formulas.
 from __future__ import annotations
 
 import contextlib
+import functools
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -31,13 +33,19 @@ def without_autocast(device_type: str) -> contextlib.AbstractContextManager[obje
     return contextlib.nullcontext()
 
 
-def _once(gradient: torch.Tensor) -> torch.Tensor:
-    """So that ``once_differentiable`` refuses every second derivative: by itself it lets through
-    one whose incoming gradient is constant, and what depends on A, B and h would be left out.
+def _once(backward: Callable[..., Any]) -> Callable[..., Any]:
+    """``once_differentiable`` for every second derivative. By itself it lets through one whose
+    incoming gradient is constant, and what depends on A, B and h would be left out.
     """
-    if torch.is_grad_enabled() and not gradient.requires_grad:
-        return gradient.detach().requires_grad_()
-    return gradient
+    refusing = once_differentiable(backward)
+
+    @functools.wraps(backward)
+    def marked(ctx: Any, gradient: torch.Tensor) -> Any:
+        if torch.is_grad_enabled() and not gradient.requires_grad:
+            gradient = gradient.detach().requires_grad_()
+        return refusing(ctx, gradient)
+
+    return marked
 
 
 def _cast(weight: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor | None:
@@ -84,12 +92,8 @@ class PeraFunction(torch.autograd.Function):
         return y
 
     @staticmethod
+    @_once
     def backward(ctx, dy):
-        return PeraFunction.gradients(ctx, _once(dy))
-
-    @staticmethod
-    @once_differentiable
-    def gradients(ctx, dy):
         x, u, weight, A, B, h, seed = ctx.saved_tensors
         needs = (ctx.needs_input_grad[0], *ctx.needs_input_grad[4:7])
         gradients: Any = (None,) * 4
@@ -115,12 +119,8 @@ class DeltaWeight(torch.autograd.Function):
         return implementation(options.backend).delta_forward(Factors(A, B, h), options)
 
     @staticmethod
+    @_once
     def backward(ctx, G):
-        return DeltaWeight.gradients(ctx, _once(G))
-
-    @staticmethod
-    @once_differentiable
-    def gradients(ctx, G):
         backend, adapter = implementation(ctx.options.backend), Factors(*ctx.saved_tensors)
         needs = ctx.needs_input_grad[:3]
         with without_autocast(G.device.type):

@@ -14,6 +14,7 @@ from pera_kernels.terms import lane_count
 from pera_kernels.testing import Case
 
 COMPILERS = ["aot_eager", "inductor"]
+TORCH = tuple(map(int, torch.__version__.split(".")[:2]))
 
 
 @pytest.fixture(params=COMPILERS)
@@ -111,6 +112,8 @@ def test_a_graph_does_not_grow_with_the_rank(device):
 @pytest.mark.parametrize("injected", [False, True])
 def test_an_exported_program_takes_any_number_of_tokens(injected, grad, strict, device):
     """Also where that is few beside the features, and in layers that share their input."""
+    if injected and strict and TORCH < (2, 13):
+        pytest.skip("torch 2.8 does not export a module with hooks in strict mode")
     layer = pk.PeraLinear(40, 36, r=16, backend="torch", device=device)
     model = Projections().to(device) if injected else layer
     if injected:

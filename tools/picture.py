@@ -166,7 +166,8 @@ def draw(path: Path) -> None:
     for color, text in KINDS.values():
         axes.plot([], [], color=color, label=text)
     axes.legend(loc="upper right", frameon=False)
-    axes.set(xlim=(-2.5, 2.5), ylim=(-0.4, max(y for _, y in place.values()) + 0.4))
+    width = 0.4 + max(abs(x) for x, _ in place.values())
+    axes.set(xlim=(-width, width), ylim=(-0.4, max(y for _, y in place.values()) + 0.4))
     axes.axis("off")
     # A test compares this with the sources; the rest depends on the version of matplotlib.
     figure.savefig(path, metadata={"Date": None, "Description": described(found)})
