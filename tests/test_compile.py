@@ -107,6 +107,20 @@ def test_a_graph_does_not_grow_with_the_rank(device):
     assert len(counts) == 2
 
 
+def test_a_change_of_state_is_compiled(backend, device):
+    layer = pk.PeraLinear(24, 12, r=3, backend=backend, device=device)
+    torch.nn.init.normal_(layer.pera_B)
+    compiled, x = torch.compile(layer, backend="aot_eager"), torch.randn(5, 24, device=device)
+    for _ in range(2):
+        torch.testing.assert_close(compiled(x), layer(x))
+        with layer.disabled():
+            torch.testing.assert_close(compiled(x), layer(x))
+    layer.merge()
+    torch.testing.assert_close(compiled(x), layer(x))
+    with layer.disabled():
+        torch.testing.assert_close(compiled(x), layer(x))
+
+
 @pytest.mark.parametrize("strict", [False, True])
 @pytest.mark.parametrize("grad", [False, True])
 @pytest.mark.parametrize("injected", [False, True])
