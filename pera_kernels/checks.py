@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from numbers import Real
 
 import torch
@@ -38,6 +38,12 @@ def naming(name: str) -> Iterator[None]:
         yield
     except (TypeError, ValueError) as error:
         raise type(error)(f"{name}: {error}") from error
+
+
+def some(names: Iterable[str], limit: int = 8) -> str:
+    """The first names, and whether there are more."""
+    found = list(names)
+    return ", ".join(found[:limit]) + (", ..." if len(found) > limit else "")
 
 
 def check_model(model: object) -> None:
@@ -200,6 +206,10 @@ def check_input(x: torch.Tensor, base: Base, adapter: Factors) -> None:
             raise ValueError(f"{name} must be on the device of x, {x.device}; got {tensor.device}")
     if (A.dtype == torch.float64) != (x.dtype == torch.float64):
         raise TypeError(f"A must be float64 exactly where x is; got A {A.dtype} and x {x.dtype}")
+    check_frozen(weight, bias)
+
+
+def check_frozen(weight: torch.Tensor | None, bias: torch.Tensor | None) -> None:
     if torch.is_grad_enabled():
         for name, tensor in (("weight", weight), ("bias", bias)):
             if tensor is not None and tensor.requires_grad:

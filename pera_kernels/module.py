@@ -146,8 +146,10 @@ class PeraLinear(nn.Module):
         parametrizations) becomes ``base_layer``: it is called, the update is added to its output,
         and no weight is touched.
 
-        A layer cannot know who else holds its weight (an embedding that it is tied to):
-        :meth:`merge` changes it for all of them. :func:`pera_kernels.inject` knows and refuses.
+        A layer cannot know who else holds its weight (an embedding that it is tied to), nor that
+        its parent reads the weight and never calls it (``nn.MultiheadAttention``):
+        :meth:`merge` changes it for all, and such a parent leaves the adapter out.
+        :func:`pera_kernels.inject` knows and refuses.
 
         Raises:
             TypeError: ``layer`` is not a module with ``in_features`` and ``out_features``, or its
@@ -160,7 +162,7 @@ class PeraLinear(nn.Module):
     @classmethod
     def adapting(cls, layer: nn.Module, options: AdapterOptions) -> PeraLinear:
         """:meth:`from_linear` with options that are checked already."""
-        if isinstance(layer, PeraLinear) or hasattr(type(layer), "pera_view"):
+        if is_adapted(layer):
             raise ValueError(
                 f"layer is a {type(layer).__name__} with an adapter already: use that, or unload it"
             )
@@ -260,6 +262,8 @@ class PeraLinear(nn.Module):
         x = input
         if not (torch.compiler.is_compiling() or self.was_called):
             self.was_called = True
+        if self.merged:
+            checks.check_frozen(self.weight, self.bias)
         if self._switch.is_off():
             return self._base_forward(x)
         if self.merged:
@@ -358,6 +362,8 @@ class PeraLinear(nn.Module):
         A, B, h = self._factors()
         checks.check_adapter(A, B, h, self.terms)
         has, wants = (A.shape[1], B.shape[0]), (self.in_features, self.out_features)
+        if A.shape[0] != self.r:
+            raise ValueError(f"A is of rank {A.shape[0]}, the layer has r={self.r!r}")
         if has != wants:
             raise ValueError(f"A and B are for (in, out) {has}, the layer has {wants}")
 
@@ -371,6 +377,11 @@ class PeraLinear(nn.Module):
                 "make it permanent first, for example by "
                 "torch.nn.utils.parametrize.remove_parametrizations"
             )
+
+    def check_unmergeable(self) -> None:
+        """Raise if the layer is merged and cannot be unmerged."""
+        if self.merged:
+            self.check_plain_weight()
 
     def _refuse_tied(self) -> None:
         own = span_of(self.weight)
@@ -458,8 +469,7 @@ class PeraLinear(nn.Module):
         self, destination: dict[str, Any], prefix: str, keep_vars: bool
     ) -> None:
         """As usual, but ``weight`` is always W0: a checkpoint never holds the adapter twice."""
-        if self.merged:
-            self.check_plain_weight()
+        self.check_unmergeable()
         super()._save_to_state_dict(destination, prefix, keep_vars)
         if self.merged:
             destination[prefix + "weight"] = self.base_weight()
@@ -529,6 +539,11 @@ class PeraOverModule(PeraLinear):
             "merge needs a plain nn.Linear as base; "
             f"{type(self.base_layer).__name__} is called as it is"
         )
+
+
+def is_adapted(layer: nn.Module) -> bool:
+    """Whether it is a layer with PERA adapters, of this package or of PEFT."""
+    return isinstance(layer, PeraLinear) or hasattr(type(layer), "pera_view")
 
 
 def features(layer: nn.Module) -> tuple[int, int] | None:

@@ -23,8 +23,8 @@ class Switch:
 
     def __init__(self, always_off: bool = False) -> None:
         self.always_off = always_off
-        # By thread: for every entry the Functions that were running, the innermost first.
-        self.entries: dict[int, list[tuple[FunctionCtx, ...]]] = {}
+        # By thread: for every entry the innermost Function that was running, or None.
+        self.entries: dict[threading.Thread, list[FunctionCtx | None]] = {}
         self.recorded = False
 
     def __reduce__(self) -> Any:
@@ -33,9 +33,9 @@ class Switch:
     @contextlib.contextmanager
     def off(self) -> Iterator[None]:
         """Within this context the adapter is off for this thread. May be nested."""
-        thread = threading.get_ident()
+        thread, running = threading.current_thread(), _running_functions()
         own = self.entries.setdefault(thread, [])
-        own.append(tuple(ctx for ctx, _ in _running_functions()))
+        own.append(running[0][0] if running else None)
         try:
             yield
         finally:
@@ -44,14 +44,17 @@ class Switch:
                 del self.entries[thread]
 
     def is_off(self, always_off: bool = False) -> bool:
-        """Whether the adapter is off in this call; ``always_off`` is a state that others keep."""
+        """Whether the adapter is off in this call; ``always_off`` is a state that others keep.
+
+        Code of ``torch.compile`` knows no threads: there it is off if it is so for one of them.
+        """
         always_off = always_off or self.always_off
         if not (always_off or self.entries or self.recorded):
             return False
         if torch.compiler.is_compiling():
             return always_off or bool(self.entries)
         entries = self._own_entries()
-        off = always_off or () in entries
+        off = always_off or None in entries
         # A Function that runs its backward starts as its forward did, whatever is around it now.
         for ctx, is_backward in reversed(_running_functions()):
             if is_backward:
@@ -59,15 +62,15 @@ class Switch:
             elif off:
                 ctx.pera_switches_off = {*getattr(ctx, "pera_switches_off", ()), self}  # type: ignore[attr-defined]
                 self.recorded = True
-            off = off or any(entry and entry[0] is ctx for entry in entries)
+            off = off or ctx in entries
         return off
 
-    def _own_entries(self) -> list[tuple[FunctionCtx, ...]]:
-        own = self.entries.get(threading.get_ident())
-        if own is None and torch._C._current_graph_task_id() != -1:
-            # PyTorch's threads run the backward of a thread that has entered.
-            return [entry for entries in self.entries.values() for entry in entries]
-        return own or []
+    def _own_entries(self) -> list[FunctionCtx | None]:
+        thread = threading.current_thread()
+        if thread in self.entries or not isinstance(thread, threading._DummyThread):
+            return self.entries.get(thread, [])
+        # One of PyTorch's own threads, which run the backward of a thread that may have entered.
+        return [entry for entries in self.entries.values() for entry in entries]
 
 
 def _running_functions() -> list[tuple[FunctionCtx, bool]]:
@@ -77,9 +80,10 @@ def _running_functions() -> list[tuple[FunctionCtx, bool]]:
     found = []
     frame = sys._getframe(1)
     while frame is not None:
-        if frame.f_code.co_name in ("forward", "backward") and "ctx" in frame.f_code.co_varnames:
-            ctx = frame.f_locals.get("ctx")
+        code = frame.f_code
+        if code.co_name in ("forward", "backward") and code.co_argcount:
+            ctx = frame.f_locals.get(code.co_varnames[0])
             if isinstance(ctx, FunctionCtx):
-                found.append((ctx, frame.f_code.co_name == "backward"))
+                found.append((ctx, code.co_name == "backward"))
         frame = frame.f_back  # type: ignore[assignment]
     return found

@@ -188,9 +188,8 @@ def contract(
     dh = None
     if h is not None:
         products = (dphi[R:] * expand(rows, terms, work)[R:]).sum(1)
-        dh = torch.empty_like(h).index_copy_(
-            0, circular_order(R, terms, h.device), products.to(h.dtype)
-        )
+        order = circular_order(R, terms, h.device)
+        dh = torch.empty_like(h).index_copy(0, order, products.to(h.dtype))
     if c is not None:
         dphi = dphi * c.unsqueeze(1)
     if torch.compiler.is_compiling():
@@ -231,7 +230,7 @@ def scaled_product(a: torch.Tensor, b: torch.Tensor, scale: float) -> torch.Tens
     """s a b, scaled before it is rounded: a small product would underflow in float16."""
     if scale == 1.0:
         return a @ b
-    return a.new_empty(a.shape[0], b.shape[1]).addmm_(a, b, beta=0.0, alpha=scale)
+    return torch.addmm(a.new_empty(b.shape[1]), a, b, beta=0.0, alpha=scale)
 
 
 def product(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:

@@ -11,11 +11,11 @@ from dataclasses import dataclass, field
 import torch
 from torch import nn
 
-from ..module import PeraLinear
+from ..module import PeraLinear, is_adapted
 from .checkpoint import AdapterFile
 from .inject import WRAPPERS, base_name
 
-__all__ = ["Beside", "beside_in", "beside_of", "is_adapted", "tree"]
+__all__ = ["Beside", "beside_in", "beside_of", "tree"]
 
 # PEFT cannot save these whole, because they are not called.
 CONTAINERS = (nn.ModuleList, nn.ModuleDict, nn.ParameterList, nn.ParameterDict)
@@ -55,11 +55,6 @@ def _join(module: str, part: str) -> str:
 
 def _within(name: str, modules: Collection[str]) -> bool:
     return any(name == module or name.startswith(f"{module}.") for module in modules)
-
-
-def is_adapted(module: nn.Module) -> bool:
-    """Whether it is a layer with PERA adapters, of this package or of PEFT."""
-    return isinstance(module, PeraLinear) or hasattr(type(module), "pera_view")
 
 
 def saved_whole(module: nn.Module) -> nn.ModuleDict | None:
@@ -161,9 +156,9 @@ def beside_of(read: AdapterFile, wanted: Collection[str] = ()) -> Beside:
     adapted = read.tensors
     trained: dict[str, dict[str, torch.Tensor]] = {}
     for key, tensor in read.parameters.items():
-        if key in read.frozen:
-            continue
         name, _, part = key.rpartition(".")
+        if name in adapted and part == "weight" and key in read.frozen:
+            continue
         # A module that was saved whole holds others.
         parts = name.split(".")
         above = [".".join(parts[:n]) for n in range(1, len(parts) + 1)]
@@ -175,7 +170,8 @@ def beside_of(read: AdapterFile, wanted: Collection[str] = ()) -> Beside:
     for name, own in whole.items():
         _check_whole(name, own, adapted)
     _check_hidden(list(whole), adapted)
-    frozen = {key.removesuffix(".weight"): read.parameters[key] for key in read.frozen}
+    weights = {name: f"{name}.weight" for name in adapted}
+    frozen = {name: read.parameters[key] for name, key in weights.items() if key in read.frozen}
     return Beside(whole, biases, tuple(sorted(whole)), frozen)
 
 

@@ -21,20 +21,20 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 from torch import nn
 
-from ..checks import FLOATING, check_adapter, check_model, naming
+from ..checks import FLOATING, check_adapter, check_model, naming, some
 from ..module import AdapterOptions, features
 from ..terms import TERMS
 from . import files
 from .inject import (
     adapted_modules,
-    adapter_parameters,
     adopt,
     base_name,
     named_places,
     refuse_parallel,
     require_adapters,
 )
-from .ties import refuse_shared
+from .merge import unload
+from .trained import Found, Places, find, plain_name
 
 __all__ = [
     "AdapterFile",
@@ -64,22 +64,13 @@ class Incompatible(NamedTuple):
     unexpected_keys: list[str]
 
 
-# A layer under an adapter, by its name in a model with adapters.
-BASE_LAYER, BASE_WEIGHT = ".base_layer.", ".base_layer.weight"
-
-
-def plain_name(name: str) -> str:
-    """The name of a parameter in a model without adapters and wrappers."""
-    return base_name(name).replace(BASE_LAYER, ".")
-
-
 @dataclass(frozen=True)
 class AdapterFile:
     """An adapter that was read and checked, and is in no model yet.
 
     ``options`` has r, alpha, terms and dropout of every module, ``tensors`` its A, B and h, and
     ``parameters`` what else is in the file, by its name in a model without adapters: what trained
-    beside them, and weights under adapters that PEFT saved though they are ``frozen``.
+    beside them, and what is ``frozen`` and was saved all the same.
     """
 
     path: Path
@@ -121,16 +112,6 @@ def adapter_state_dict(model: nn.Module) -> dict[str, torch.Tensor]:
     }
 
 
-def other_trained(model: nn.Module) -> dict[str, nn.Parameter]:
-    """What trains in ``model`` beside its adapters, by name."""
-    own = {id(p) for p in adapter_parameters(model)}
-    return {
-        name: parameter
-        for name, parameter in model.named_parameters()
-        if parameter.requires_grad and id(parameter) not in own
-    }
-
-
 def _most_common(values: list[Any]) -> Any:
     return max(values, key=values.count)
 
@@ -143,10 +124,10 @@ def _base_model_hint(model: nn.Module) -> str | None:
 
 
 def _config(
-    options: Mapping[str, dict[str, Any]], trained: list[str], base_model: str | None
+    options: Mapping[str, dict[str, Any]], others: Found, base_model: str | None
 ) -> dict[str, Any]:
     common = {key: _most_common([own[key] for own in options.values()]) for key in OPTIONS}
-    others = {
+    different = {
         name: {key: own[key] for key in OPTIONS if own[key] != common[key]}
         for name, own in options.items()
     }
@@ -157,9 +138,11 @@ def _config(
         **common,
         "target_modules": list(options),
         # Modules that differ from the above, by name.
-        "modules": {name: own for name, own in others.items() if own},
-        # Other parameters that trained.
-        "trained": trained,
+        "modules": {name: own for name, own in different.items() if own},
+        # Other parameters that trained, what belongs to them, and modules that are saved whole.
+        "trained": others.trained,
+        "with_trained": [name for name in others.tensors if name not in others.trained],
+        "modules_to_save": others.modules,
     }
 
 
@@ -176,6 +159,7 @@ def _for_peft(config: Mapping[str, Any]) -> dict[str, Any]:
         "target_modules": config["target_modules"],
         "rank_pattern": {name: o["r"] for name, o in own.items() if "r" in o},
         "alpha_pattern": {name: o["alpha"] for name, o in own.items() if "alpha" in o},
+        "modules_to_save": config.get("modules_to_save") or None,
         "inference_mode": True,
     }
 
@@ -185,7 +169,7 @@ def _digest(config: str, tensors: Mapping[str, torch.Tensor]) -> str:
     for name in sorted(tensors):
         tensor = tensors[name].detach().to("cpu").contiguous()
         whole.update(f"\n{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-        whole.update(tensor.view(torch.uint8).numpy().tobytes() if tensor.numel() else b"")
+        whole.update(tensor.flatten().view(torch.uint8).numpy().tobytes())
     return whole.hexdigest()
 
 
@@ -217,10 +201,10 @@ def save_adapter(
     for name, layer in layers.items():
         with naming(name):
             layer.check_fit()
-    others = {base_name(name): p.detach() for name, p in other_trained(model).items()}
-    config = _config(options, list(others), base_model or _base_model_hint(model))
+    others = find(model)
+    config = _config(options, others, base_model or _base_model_hint(model))
     text = json.dumps(config, sort_keys=True)
-    tensors = {PREFIX + name: tensor for name, tensor in {**tensors, **others}.items()}
+    tensors = {PREFIX + name: tensor for name, tensor in {**tensors, **others.tensors}.items()}
     folder.mkdir(parents=True, exist_ok=True)
     metadata = {"pera_config": text, "pera_digest": _digest(text, tensors)}
     files.write_safetensors(folder / TENSORS_FILE, tensors, metadata)
@@ -249,18 +233,16 @@ def read_adapter(folder: str | os.PathLike[str]) -> AdapterFile:
             )
         config, path = _stored(stored, folder / TENSORS_FILE), folder / TENSORS_FILE
     if config.get("peft_type") is not None:
-        options, by_module, others = _from_peft(config, tensors, path)
+        options, by_module, others, frozen = _from_peft(config, tensors, path)
     else:
         _check_version(config, path)
-        options, by_module, others = _from_own(config, tensors, path)
+        options, by_module, others, frozen = _from_own(config, tensors, path)
     _check_modules(options, by_module, folder / TENSORS_FILE)
     if stored is not None:
         _compare(folder / CONFIG_FILE, config)
     base = config.get("base_model") or config.get("base_model_name_or_path")
     base = base if isinstance(base, str) else None
-    frozen = frozenset(plain_name(name) for name in others if name.endswith(BASE_WEIGHT))
-    parameters = {plain_name(name): tensor for name, tensor in others.items()}
-    return AdapterFile(folder, options, by_module, parameters, frozen, base, config)
+    return AdapterFile(folder, options, by_module, others, frozenset(frozen), base, config)
 
 
 def _compare(path: Path, config: Mapping[str, Any]) -> None:
@@ -304,8 +286,13 @@ def _check_version(config: Mapping[str, Any], path: Path) -> int:
     return version
 
 
-# Options and tensors of every module, and other parameters.
-Read = tuple[dict[str, dict[str, Any]], dict[str, dict[str, torch.Tensor]], dict[str, torch.Tensor]]
+# Options and tensors of every module, other parameters, and the names of those that are frozen.
+Read = tuple[
+    dict[str, dict[str, Any]],
+    dict[str, dict[str, torch.Tensor]],
+    dict[str, torch.Tensor],
+    set[str],
+]
 
 
 def _split(tensors: Mapping[str, torch.Tensor], path: Path) -> dict[str, dict[str, torch.Tensor]]:
@@ -325,11 +312,12 @@ def _split(tensors: Mapping[str, torch.Tensor], path: Path) -> dict[str, dict[st
 
 def _from_own(config: Mapping[str, Any], tensors: Mapping[str, torch.Tensor], path: Path) -> Read:
     tensors = {key.removeprefix(PREFIX): tensor for key, tensor in tensors.items()}
-    told = config.get("trained", [])
-    if not isinstance(told, list) or not all(name in tensors for name in told):
-        raise ValueError(f'{path}: "trained" must list tensors of the file; got {told!r}')
-    trained = {name: tensors[name] for name in told}
-    by_module = _split({n: t for n, t in tensors.items() if n not in trained}, path)
+    listed = {key: config.get(key, []) for key in ("trained", "with_trained")}
+    for key, names in listed.items():
+        if not isinstance(names, list) or not all(name in tensors for name in names):
+            raise ValueError(f'{path}: "{key}" must list tensors of the file; got {names!r}')
+    beside = {name: tensors[name] for names in listed.values() for name in names}
+    by_module = _split({n: t for n, t in tensors.items() if n not in beside}, path)
     others = config.get("modules", {})
     if not isinstance(others, dict) or not all(isinstance(own, dict) for own in others.values()):
         raise ValueError(f'{path}: "modules" must be an object of objects; got {others!r}')
@@ -347,14 +335,14 @@ def _from_own(config: Mapping[str, Any], tensors: Mapping[str, torch.Tensor], pa
     for name in by_module:
         own = {**{key: config.get(key) for key in OPTIONS}, **others.get(name, {})}
         options[name] = {key: own[key] for key in OPTIONS}
-    return options, by_module, trained
+    return options, by_module, beside, set(listed["with_trained"])
 
 
 def _from_peft(config: Mapping[str, Any], tensors: Mapping[str, torch.Tensor], path: Path) -> Read:
     """A folder that PEFT wrote: its names, its way to say rank and alpha.
 
     What is in it beside adapters is whole modules, trained biases, and the frozen weight of an
-    output head that is a target.
+    output head that is a target. Biases of adapted layers trained there and are frozen here.
     """
     if config["peft_type"] != "PERA":
         raise ValueError(
@@ -378,7 +366,8 @@ def _from_peft(config: Mapping[str, Any], tensors: Mapping[str, torch.Tensor], p
             "terms": config.get("terms", "full"),
             "dropout": config.get("pera_dropout", 0.0),
         }
-    return options, by_module, others
+    others = {plain_name(name, by_module): tensor for name, tensor in others.items()}
+    return options, by_module, others, {n for n in others if n.rpartition(".")[0] in by_module}
 
 
 def _by_pattern(patterns: Any, name: str, default: Any, path: Path) -> Any:
@@ -478,58 +467,22 @@ def place(
     adapter_dtype: torch.dtype | None = None,
 ) -> Incompatible:
     """:func:`load_adapter` of what was read."""
-    wrapped, model = model, unwrapped(model)
-    if not adapted_modules(model):
-        refuse_parallel(wrapped)
-    if not adapted_modules(model):
-        return _inject(model, adapter, strict, backend, adapter_dtype)
+    inner = unwrapped(model)
+    if not adapted_modules(inner):
+        refuse_parallel(model)
+        return _inject(inner, adapter, strict, backend, adapter_dtype)
     if adapter_dtype is not None:
         raise ValueError(
             f"adapter_dtype goes with a model without adapters; got {adapter_dtype} for one whose "
             "adapters have their dtype already"
         )
-    return _fill(model, adapter, strict, overwrite)
+    return _fill(inner, adapter, strict, overwrite)
 
 
-class Others:
-    """The other parameters of a checkpoint, and where they go in a model."""
-
-    def __init__(self, model: nn.Module, adapter: AdapterFile) -> None:
-        # A module that was saved whole has buffers too.
-        own: dict[str, torch.Tensor] = {
-            plain_name(name): tensor
-            for kind in (model.named_parameters, model.named_buffers)
-            for name, tensor in kind(remove_duplicate=False)
-        }
-        self.unexpected: list[str] = []
-        self.misshapen: list[str] = []
-        self.pairs: list[tuple[torch.Tensor, torch.Tensor]] = []
-        self.trained: list[torch.Tensor] = []
-        changed = {}
-        for name, tensor in adapter.parameters.items():
-            there = own.get(name)
-            if there is None:
-                self.unexpected.append(name)
-                continue
-            if there.shape != tensor.shape:
-                self.misshapen.append(f"{name} ({tuple(tensor.shape)} for {tuple(there.shape)})")
-                continue
-            self.pairs.append((there, tensor))
-            if not torch.equal(there.detach().to("cpu", tensor.dtype), tensor):
-                changed[name] = there
-            if isinstance(there, nn.Parameter) and name not in adapter.frozen:
-                self.trained.append(there)
-        if adapter.config.get("peft_type") is not None:
-            # PEFT trains a copy: what else uses the weight goes on with the old one.
-            refuse_shared(model, changed)
-
-    @torch.no_grad()
-    def write(self) -> None:
-        """Into the model, where what trained trains."""
-        for there, tensor in self.pairs:
-            there.copy_(tensor)
-        for parameter in self.trained:
-            parameter.requires_grad_(True)
+def places_of_others(model: nn.Module, adapter: AdapterFile) -> Places:
+    """Where what trained beside the adapters goes in a model."""
+    of_peft = adapter.config.get("peft_type") is not None
+    return Places(model, adapter.parameters, adapter.frozen, of_peft)
 
 
 def _keys(adapter: AdapterFile, names: list[str]) -> list[str]:
@@ -557,7 +510,7 @@ def _inject(
             kind = type(layer).__name__
             misshapen.append(f"{name} (adapter of {wants}, {kind} of {has})")
     fitting = [name for name in adapter.tensors if name not in unexpected]
-    others = Others(model, adapter)
+    others = places_of_others(model, adapter)
     misshapen += others.misshapen
     if misshapen or (strict and (unexpected or others.unexpected)) or not fitting:
         _listed(
@@ -575,15 +528,22 @@ def _inject(
         options[modules[name]] = AdapterOptions(
             **adapter.options[name], adapter_dtype=dtype, backend=backend
         )
+    trainable = [(p, p.requires_grad) for p in model.parameters()]
     adapted = adopt(model, named_places(model, options), options)
-    _copy(
-        [
-            (getattr(adapted[modules[name]], part), tensor)
-            for name in fitting
-            for part, tensor in adapter.tensors[name].items()
-        ]
-    )
-    others.write()
+    try:
+        _copy(
+            [
+                (getattr(adapted[modules[name]], part), tensor)
+                for name in fitting
+                for part, tensor in adapter.tensors[name].items()
+            ]
+        )
+        others.write()
+    except BaseException:
+        unload(model, merge=False)
+        for parameter, requires_grad in trainable:
+            parameter.requires_grad_(requires_grad)
+        raise
     return Incompatible([], _keys(adapter, unexpected) + others.unexpected)
 
 
@@ -619,10 +579,20 @@ def _fill(model: nn.Module, adapter: AdapterFile, strict: bool, overwrite: bool)
     missing_keys = [
         _key(n, part) for n in missing for part in PARTS if getattr(layers[n], part) is not None
     ]
-    others = Others(model, adapter)
+    others = places_of_others(model, adapter)
     misshapen += others.misshapen
     unexpected_keys = _keys(adapter, unexpected) + others.unexpected
     unexpected += others.unexpected
+    if others.missing and adapter.config.get("format_version") == 1:
+        # Such files hold adapters alone.
+        warnings.warn(
+            f"{adapter.path} holds adapters alone; {some(others.missing)} of this model, which "
+            "train, stay as they are",
+            stacklevel=4,
+        )
+    else:
+        missing_keys += others.missing
+        missing += others.missing
     if misshapen or (strict and (missing or unexpected)) or not both:
         _listed(
             f"the adapter in {adapter.path} does not fit the adapters of this "
@@ -646,6 +616,9 @@ def _fill(model: nn.Module, adapter: AdapterFile, strict: bool, overwrite: bool)
         for part, tensor in adapter.tensors[name].items()
     ]
     # Everything that can fail happens before the first change.
+    for name in both:
+        with naming(name):
+            layers[name].check_unmergeable()
     moved = [(own, tensor.to(own.device, own.dtype)) for own, tensor in pairs]
     for name in both:
         layers[name].unmerge()

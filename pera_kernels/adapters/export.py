@@ -17,10 +17,10 @@ from torch import nn
 
 from .. import reference
 from ..checks import FLOATING, check_adapter
-from ..module import PeraLinear, product_norm
+from ..module import PeraLinear, is_adapted, product_norm
 from ..terms import Terms, check_rank
 from . import files
-from .beside import Beside, beside_in, is_adapted, tree
+from .beside import Beside, beside_in, tree
 from .checkpoint import CONFIG_FILE, TENSORS_FILE, unwrapped
 from .inject import named_places
 

@@ -10,8 +10,9 @@ from typing import TypeVar
 import torch
 from torch import nn
 
-from ..checks import check_model
-from ..module import AdapterOptions, PeraLinear, PeraOverModule, features
+from .. import checks
+from ..checks import check_model, naming, some
+from ..module import AdapterOptions, PeraLinear, PeraOverModule, features, is_adapted
 from ..terms import Terms
 from . import shared_inputs as sharing
 from .shared_inputs import SHARED_INPUTS
@@ -73,7 +74,7 @@ def _targets(
     for name, layer in modules.items():
         if not name or not matches(name, wanted):
             continue
-        if isinstance(layer, PeraLinear) or hasattr(type(layer), "pera_view"):
+        if is_adapted(layer):
             kind = type(layer).__name__
             raise ValueError(f"{name} is a {kind} already; each layer takes one adapter")
         if features(layer) is None:
@@ -98,12 +99,11 @@ def _targets(
 def _no_such_target(model: nn.Module, unmatched: Sequence[str]) -> str:
     told = ", ".join(map(repr, unmatched))
     linear = [n for n, m in model.named_modules() if n and features(m) is not None]
-    shown = ", ".join(linear[:8]) + (", ..." if len(linear) > 8 else "")
     fused = [n for n, _ in model.named_parameters() if matches(n, unmatched)]
-    told_fused = f" Experts in one tensor take no adapter: {', '.join(fused[:4])}." if fused else ""
+    told_fused = f" Experts in one tensor take no adapter: {some(fused)}." if fused else ""
     return (
         f"target_modules: {told} matches no linear layer of {type(model).__name__}, which has "
-        f"{shown or 'none'}.{told_fused}"
+        f"{some(linear) or 'none'}.{told_fused}"
     )
 
 
@@ -149,16 +149,20 @@ def inject(
     wanted = _check_targets(target_modules)
     groups = sharing.check_shared_inputs(shared_inputs)
     options = AdapterOptions(r, alpha, terms, dropout, init, adapter_dtype, backend, plan)
-    trained = _modules_to_save(model, modules_to_save)
     found = _targets(model, wanted)
+    trained = _modules_to_save(model, modules_to_save, {layer for _, _, layer in found})
     adopt(model, found, dict.fromkeys((layer for _, _, layer in found), options), groups, trained)
     return model
 
 
-def _modules_to_save(model: nn.Module, names: object) -> list[nn.Module]:
+def _modules_to_save(model: nn.Module, names: object, targets: set[nn.Module]) -> list[nn.Module]:
     if names is None:
         heads = {n: m for n, m in model.named_modules() if matches(n, HEADS)}
-        frozen = [name for name, m in heads.items() if next(m.parameters(), None) is not None]
+        frozen = [
+            name
+            for name, m in heads.items()
+            if next(m.parameters(), None) is not None and targets.isdisjoint(m.modules())
+        ]
         if frozen and not adapted_modules(model):
             ends = sorted({name.rpartition(".")[2] for name in frozen})
             warnings.warn(
@@ -209,7 +213,7 @@ def adopt(
     lazy = [name for name, p in model.named_parameters() if nn.parameter.is_lazy(p)]
     if lazy:
         raise ValueError(
-            f"model must have parameters with a shape; {', '.join(lazy[:8])} get theirs in its "
+            f"model must have parameters with a shape; {some(lazy)} get theirs in its "
             "first call: call the model once before"
         )
     refuse_read_weights(model, (name for name, _, _ in places))
@@ -230,7 +234,8 @@ def adopt(
             done.append((name, parent, layer))
         for parameter in (p for new in adapted.values() for p in own_parameters(new)):
             parameter.requires_grad_(True)
-        _record_ties(model, adapted.values())
+        _refuse_trained(model)
+        _record_ties(model)
         sharing.shared_inputs(model, groups)
         watch(model, adapted.values())
     except BaseException:
@@ -253,10 +258,18 @@ def refuse_parallel(model: nn.Module) -> None:
             )
 
 
-def _record_ties(model: nn.Module, layers: Iterable[PeraLinear]) -> None:
-    """Tell new layers who else holds their weight."""
-    own = {layer: f"{name}.weight" for name, layer in adapted_modules(model).items()}
-    plain = {own[layer]: layer for layer in layers if not isinstance(layer, PeraOverModule)}
+def _refuse_trained(model: nn.Module) -> None:
+    """Raise if the base of a plain adapted layer would train, through ``modules_to_save``."""
+    for name, layer in adapted_modules(model).items():
+        if not isinstance(layer, PeraOverModule):
+            with naming(name):
+                checks.check_frozen(layer.weight, layer.bias)
+
+
+def _record_ties(model: nn.Module) -> None:
+    """Tell layers who else holds their weight."""
+    layers = {f"{name}.weight": layer for name, layer in adapted_modules(model).items()}
+    plain = {n: layer for n, layer in layers.items() if not isinstance(layer, PeraOverModule)}
     found = ties(model, {name: layer.weight for name, layer in plain.items()})
     for name, layer in plain.items():
         layer.tied = tuple(found.get(name, ()))
@@ -272,7 +285,7 @@ def require_adapters(model: nn.Module, to: str) -> dict[str, PeraLinear]:
     """:func:`adapted_modules` of a model that must have some, for what is to be done with them."""
     layers = adapted_modules(model)
     if not layers:
-        of_peft = any(hasattr(type(module), "pera_view") for module in model.modules())
+        of_peft = any(is_adapted(module) for module in model.modules())
         hint = "they are PEFT's, which has methods of its own" if of_peft else "call inject first"
         raise ValueError(f"model has no adapter to {to}: {hint}; got {type(model).__name__}")
     return layers

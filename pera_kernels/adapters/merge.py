@@ -84,6 +84,10 @@ def unmerge(model: ModelT) -> ModelT:
         ValueError: the model has no adapter.
     """
     layers = require_adapters(model, "unmerge")
+    # What can fail comes before the first change.
+    for name, layer in layers.items():
+        with naming(name):
+            layer.check_unmergeable()
     done: list[tuple[PeraLinear, bool]] = []
     try:
         for layer in layers.values():

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..checks import some
 from .hooks import OwnHook, remove_hooks
 
 __all__ = ["FirstForward", "SlowPath", "refuse_read_weights", "watch"]
@@ -25,9 +26,13 @@ FAST_PATHS = (nn.TransformerEncoderLayer, nn.TransformerEncoder)
 # What may be asked of a weight without computing with it, and functions that ask for no more.
 DESCRIPTIONS = {
     *("dtype", "device", "shape", "size", "ndim", "dim", "is_cuda", "is_meta", "requires_grad"),
+    *("is_contiguous", "stride", "grad", "is_quantized", "element_size", "nbytes", "device_mesh"),
     *("new_empty", "new_zeros", "new_ones", "new_tensor", "new_full", "data_ptr", "numel"),
 }
-DESCRIBING = {"isinstance", "hasattr", "type", "to", "type_as", "zeros_like", "empty_like", "len"}
+DESCRIBING = {
+    *("isinstance", "is_tensor", "hasattr", "type", "len"),
+    *("to", "type_as", "zeros_like", "empty_like"),
+}
 
 
 def refuse_read_weights(model: nn.Module, names: Iterable[str]) -> None:
@@ -91,7 +96,7 @@ def _definitions(module: nn.Module, name: str) -> Iterator[FunctionType]:
 @functools.lru_cache(maxsize=4096)
 def _read(function: FunctionType) -> tuple[frozenset[str], frozenset[str], bool]:
     """Of a method's source: paths P with ``self.P.weight`` where more is asked for than its
-    description; paths of ``self`` that are called; whether it calls what it overrides.
+    description; paths of ``self`` that are called or handed on; whether it calls what it overrides.
     """
     try:
         tree = ast.parse(textwrap.dedent(inspect.getsource(function)))
@@ -100,7 +105,6 @@ def _read(function: FunctionType) -> tuple[frozenset[str], frozenset[str], bool]
         return frozenset(), frozenset(), True
     nodes = list(ast.walk(tree))
     described: set[ast.AST] = set()
-    calls = set()
     for node in nodes:
         if isinstance(node, ast.Attribute) and node.attr in DESCRIPTIONS:
             described.add(node.value)
@@ -110,13 +114,23 @@ def _read(function: FunctionType) -> tuple[frozenset[str], frozenset[str], bool]
             name = getattr(node.func, "attr", getattr(node.func, "id", None))
             if name in DESCRIBING:
                 described.update(node.args)
-            if (path := _path(node.func)) is not None:
-                calls.add(path)
     reads = {
         path
         for node in nodes
         if isinstance(node, ast.Attribute) and node.attr == "weight" and node not in described
         if isinstance(node.ctx, ast.Load) and (path := _path(node.value)) is not None
+    }
+    # What is handed on, as by ``checkpoint(self.fc, x)``, may be called as by ``self.fc(x)``.
+    inner = {
+        node.value
+        for node in nodes
+        if isinstance(node, ast.Attribute) and node.attr not in ("forward", "__call__")
+    }
+    calls = {
+        path
+        for node in nodes
+        if isinstance(node, ast.Attribute) and node not in inner
+        if isinstance(node.ctx, ast.Load) and (path := _path(node)) is not None
     }
     goes_on = any(isinstance(node, ast.Name) and node.id == "super" for node in nodes)
     return frozenset(reads), frozenset(calls), goes_on
@@ -159,11 +173,22 @@ class FirstForward(OwnHook):
         if torch.compiler.is_compiling():
             return
         remove_hooks(model, FirstForward)
-        names = [n for n, m in model.named_modules() if getattr(m, "was_called", True) is False]
+        # What is compiled does not note its calls.
+        compiled = {
+            inner
+            for module in model.modules()
+            if getattr(module, "_compiled_call_impl", None) or "_orig_mod" in module._modules
+            for inner in module.modules()
+        }
+        names = [
+            name
+            for name, module in model.named_modules()
+            if getattr(module, "was_called", True) is False and module not in compiled
+        ]
         if names:
             warnings.warn(
                 f"{len(names)} adapted layers were not called in the first forward of "
-                f"{type(model).__name__}: {', '.join(names[:8])}{', ...' * (len(names) > 8)}. Code "
+                f"{type(model).__name__}: {some(names)}. Code "
                 "that reads the weight of a layer without calling it leaves the adapter out, and "
                 "the adapter does not train. (An expert that got no token is called later.)",
                 stacklevel=2,

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..adapters.checkpoint import AdapterFile, Others
+from ..adapters.checkpoint import AdapterFile, places_of_others
 from ..adapters.merge import refuse_shared
 from ..checks import FLOATING
 from ..functional import delta_weight
@@ -26,7 +26,7 @@ def add_to(model: nn.Module, read: AdapterFile) -> None:
             or a result is not finite. The model is to be thrown away then.
     """
     weights = _weights(model, read)
-    others = Others(model, read)
+    others = places_of_others(model, read)
     if others.unexpected or others.misshapen:
         wrong = ", ".join(others.unexpected + others.misshapen)
         raise ValueError(_misfit(read, model, f"the model has no parameter {wrong}"))
