@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
@@ -383,16 +383,6 @@ class PeraLinear(nn.Module):
         if self.merged:
             self.check_plain_weight()
 
-    def _refuse_tied(self) -> None:
-        own = span_of(self.weight)
-        spans = {tie.name: span_of(getattr(tie.module, tie.part, None)) for tie in self.tied}
-        others = [name for name, span in spans.items() if overlap(own, span)]
-        if others:
-            raise ValueError(
-                f"merging would change {', '.join(others)} as well, because the weight is shared; "
-                "untie it first"
-            )
-
     @torch.no_grad()
     def merge(self, safe: bool = True, *, keep_base: bool = True) -> None:
         """Fold ΔW into ``weight``, so that the layer costs what its base costs. Does nothing if
@@ -414,7 +404,7 @@ class PeraLinear(nn.Module):
         """
         if self.merged:
             return
-        self._refuse_tied()
+        refuse_tied(self.weight, self.tied)
         merged = self.merged_weight(safe)
         factors, scale, terms = self._adapter()
         kept = [self.weight] if keep_base else list(factors)
@@ -538,6 +528,17 @@ class PeraOverModule(PeraLinear):
         raise TypeError(
             "merge needs a plain nn.Linear as base; "
             f"{type(self.base_layer).__name__} is called as it is"
+        )
+
+
+def refuse_tied(weight: torch.Tensor, tied: Iterable[Tie]) -> None:
+    """Raise if one of those that shared a weight when it was adapted still does."""
+    spans = {tie.name: span_of(getattr(tie.module, tie.part, None)) for tie in tied}
+    others = [name for name, span in spans.items() if overlap(span_of(weight), span)]
+    if others:
+        raise ValueError(
+            f"merging would change {', '.join(others)} as well, because the weight is shared; "
+            "untie it first"
         )
 
 

@@ -668,3 +668,12 @@ def test_a_checkpoint_computes_again_what_its_forward_computed(where):
     expected = gradient(model)
     got = gradient(lambda x: checkpoint(model, x, use_reentrant=True))
     torch.testing.assert_close(got, expected)
+
+
+def test_one_tied_layer_is_not_merged():
+    torch.manual_seed(1)
+    model = peft.get_peft_model(llama(True), config(target_modules=["lm_head"]))
+    before = model.base_model.model.model.embed_tokens.weight.clone()
+    with pytest.raises(ValueError, match="would change model.embed_tokens.weight as well"):
+        model.base_model.model.lm_head.merge()
+    assert torch.equal(model.base_model.model.model.embed_tokens.weight, before)

@@ -262,6 +262,20 @@ def test_meta(backend):
     assert torch.isfinite(own.weight).all() and not own.pera_B.any()
 
 
+def test_batched_gradients(backend):
+    if backend == "triton":
+        pytest.skip("the kernels take one gradient at a time")
+    own, x = layer(backend=backend), torch.randn(3, 8, requires_grad=True)
+    inputs = (x, own.pera_A, own.pera_B, own.pera_h)
+    y = own(x)
+    dys = torch.randn(2, *y.shape)
+    batched = torch.autograd.grad(y, inputs, dys, retain_graph=True, is_grads_batched=True)
+    for number, dy in enumerate(dys):
+        alone = torch.autograd.grad(y, inputs, dy, retain_graph=True)
+        for several, one in zip(batched, alone, strict=True):
+            torch.testing.assert_close(several[number], one)
+
+
 @pytest.mark.parametrize("fused", [False, True])
 def test_no_answer_is_stale(fused, backend):
     """Fused optimizers and writes through .data change no version."""
@@ -382,7 +396,86 @@ def test_a_reference_pass_within_disabled_leaves_training_as_it_is():
         torch.testing.assert_close(again, plain)
 
 
+def test_disabled_does_not_reach_other_threads():
+    """Not in what they compute in a backward, nor after a thread that never left."""
+    own, x = layer(), torch.randn(3, 8, requires_grad=True)
+    plain, got = dx(x, lambda: own(x).square().sum().backward()), []
+    entered, release = threading.Event(), threading.Event()
+
+    def inside():
+        with own.disabled():
+            entered.set()
+            release.wait(10)
+
+    thread = threading.Thread(target=inside)
+    thread.start()
+    entered.wait(10)
+    for reentrant in (True, False):
+        again = checkpoint(own, x, use_reentrant=reentrant)
+        torch.testing.assert_close(dx(x, lambda y=again: y.square().sum().backward()), plain)
+    release.set()
+    thread.join()
+    left_open = []
+    for _ in range(3):
+        thread = threading.Thread(target=lambda: left_open.append(own.disabled().__enter__()))
+        thread.start()
+        thread.join()
+        thread = threading.Thread(target=lambda: got.append(own(x)))
+        thread.start()
+        thread.join()
+    assert all(torch.equal(y, own(x)) for y in got) and len(got) == 3
+
+
+class Again(torch.autograd.Function):
+    """As a checkpoint of another library: the names of its arguments are its own."""
+
+    @staticmethod
+    def forward(context, module, x):
+        context.module, context.x = module, x.detach()
+        return module(x.detach())
+
+    @staticmethod
+    def backward(context, dy):
+        x = context.x.requires_grad_()
+        with torch.enable_grad():
+            y = context.module(x)
+        return None, torch.autograd.grad(y, x, dy)[0]
+
+
+def test_a_function_that_calls_a_layer_again_finds_its_forward():
+    own, x = layer(), torch.randn(3, 8, requires_grad=True)
+    with own.disabled():
+        plain = dx(x, lambda: own(x).square().sum().backward())
+        y = Again.apply(own, x)
+    torch.testing.assert_close(dx(x, lambda: y.square().sum().backward()), plain)
+
+
 # ---- merged
+
+
+def test_a_merged_layer_trains_no_weight():
+    own, x = layer(), torch.randn(3, 8)
+    own.merge()
+    own.requires_grad_(True)
+    for around in (nullcontext, own.disabled):
+        with around(), pytest.raises(ValueError, match="weight must not require grad"):
+            own(x)
+
+
+def test_an_unmerge_that_fails_changes_nothing(tmp_path):
+    pytest.importorskip("safetensors")
+    model, x = trained(), torch.randn(3, 24)
+    pk.save_adapter(model, tmp_path)
+    pk.merge(model)
+    with torch.no_grad():
+        model[0].up.pera_B.mul_(2.0)
+    parametrizations.weight_norm(model[1].down, "weight")
+    expected = model(x)
+    with pytest.raises(TypeError, match=r"1\.down: the weight must be"):
+        pk.unmerge(model)
+    with pytest.raises(TypeError, match=r"1\.down: the weight must be"):
+        pk.load_adapter(model, tmp_path, overwrite=True)
+    assert torch.equal(model(x), expected)
 
 
 COMPUTED = {
@@ -590,6 +683,47 @@ def test_adapters_that_were_not_called_are_named_after_the_first_forward():
     assert not model._forward_hooks
 
 
+class HandedOn(Head):
+    def forward(self, x):
+        penalty = self.lm_head.weight.square().sum()
+        return checkpoint(self.lm_head, self.body(x), use_reentrant=False) + penalty
+
+
+class ByAnotherName(Head):
+    def forward(self, x):
+        head = self.lm_head
+        return head(self.body(x)) + self.lm_head.weight.sum()
+
+
+@pytest.mark.parametrize("kind", [HandedOn, ByAnotherName])
+def test_a_layer_that_is_handed_on_may_be_called(kind):
+    with pytest.warns(UserWarning, match="on some paths"):
+        model = pk.inject(kind(), ["lm_head"], r=2)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        model(torch.randn(2, 8))
+
+
+def test_parts_that_are_compiled_are_not_said_to_be_uncalled():
+    model = trained()
+    model[0].compile(backend="eager")
+    model[1] = torch.compile(model[1], backend="eager")
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always")
+        model(torch.randn(2, 24))
+    assert not [w for w in seen if "not called" in str(w.message)]
+
+
+def test_layers_that_are_offloaded_are_refused():
+    pytest.importorskip("accelerate")
+    from accelerate import cpu_offload
+
+    model = cpu_offload(plain_model(), execution_device=torch.device("cpu"))
+    with pytest.raises(ValueError, match=r"0\.up is offloaded"):
+        pk.inject(model, ["up"], r=2)
+    assert type(model[0].up) is nn.Linear
+
+
 def test_state_space_blocks_of_transformers():
     transformers = pytest.importorskip("transformers")
     config = transformers.MambaConfig(
@@ -695,6 +829,35 @@ def test_a_head_is_frozen_with_a_word():
     )
 
 
+@pytest.mark.parametrize("saved", [["body"], ["embedding"]])
+def test_a_base_that_would_train_is_refused(saved):
+    def model():
+        made = Classifier()
+        made.embedding = nn.Embedding(8, 8)
+        made.embedding.weight = made.body.weight
+        return made
+
+    refused(model(), "body: weight must not require grad",
+            lambda m: pk.inject(m, ["body"], r=2, modules_to_save=saved))  # fmt: skip
+
+
+def test_a_head_that_is_the_target_is_not_said_to_be_frozen():
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        pk.inject(Classifier(), ["classifier"], r=2)
+
+
+def test_ties_are_those_of_the_last_injection():
+    model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
+    model[1].weight = model[0].weight
+    pk.inject(model, ["0"], r=2)
+    pk.inject(model, ["1"], r=2)
+    with pytest.raises(ValueError, match="1.weight"):
+        model[0].merge()
+    model[1].weight = nn.Parameter(model[1].weight.clone(), requires_grad=False)
+    model[0].merge()
+
+
 def test_a_second_injection_leaves_alone_what_trains():
     model = pk.inject(Attention(), ["q_proj"], r=2, modules_to_save=["v_proj"])
     model.q_proj.pera_h.requires_grad_(False)
@@ -797,6 +960,147 @@ def test_a_head_that_the_model_lacks_or_has_in_another_shape(tmp_path):
     refused(without, "parameters that the model lacks", lambda m: pk.load_adapter(m, tmp_path))
     missing, unexpected = pk.load_adapter(without, tmp_path, strict=False)
     assert not missing and unexpected == ["classifier.weight", "classifier.bias"]
+
+
+class Normed(Classifier):
+    def __init__(self):
+        super().__init__()
+        self.norm = nn.BatchNorm1d(8)
+
+    def forward(self, x):
+        return self.classifier(self.norm(self.body(x)))
+
+
+def test_a_trained_module_is_saved_with_its_buffers_and_trains_on_in_peft(tmp_path):
+    pytest.importorskip("safetensors")
+    peft = pytest.importorskip("peft")
+    import pera_kernels.peft
+
+    assert pera_kernels.peft.PeraConfig
+    model = filled(pk.inject(Normed(), ["body"], r=2, modules_to_save=["classifier", "norm"]))
+    with torch.no_grad():
+        model.classifier.weight.add_(1.0)
+    for _ in range(3):
+        model(torch.randn(9, 8))
+    model.eval()
+    x = torch.randn(4, 8)
+    pk.save_adapter(model, tmp_path / "own")
+    fresh = Normed().eval()
+    pk.load_adapter(fresh, tmp_path / "own")
+    assert torch.equal(fresh(x), model(x))
+    loaded = peft.PeftModel.from_pretrained(Normed(), tmp_path / "own", is_trainable=True).eval()
+    torch.testing.assert_close(loaded(x), model(x))
+    loaded.save_pretrained(tmp_path / "again")
+    again = peft.PeftModel.from_pretrained(Normed(), tmp_path / "again").eval()
+    torch.testing.assert_close(again(x), model(x))
+
+
+class Tied(nn.Module):
+    def __init__(self, tied):
+        super().__init__()
+        torch.manual_seed(0)
+        self.emb, self.body = nn.Embedding(6, 8), nn.Linear(8, 8)
+        self.classifier = nn.Linear(8, 6, bias=False)
+        if tied:
+            self.classifier.weight = self.emb.weight
+
+    def forward(self, x):
+        return self.classifier(self.body(self.emb(x)))
+
+
+def test_heads_across_tied_and_untied_models(tmp_path):
+    pytest.importorskip("safetensors")
+    x = torch.arange(6)
+    given = {"r": 2, "modules_to_save": ["emb", "classifier"]}
+    for tied in (False, True):
+        model = filled(pk.inject(Tied(tied), ["body"], **given))
+        with torch.no_grad():
+            model.classifier.weight.add_(1.0)
+        pk.save_adapter(model, tmp_path / str(tied))
+        if tied:
+            fresh = Tied(False)
+            pk.load_adapter(fresh, tmp_path / "True")
+            assert torch.equal(fresh(x), model(x))
+    match = "emb.weight and classifier.weight differ in the file and are one tensor"
+    refused(Tied(True), match, lambda m: pk.load_adapter(m, tmp_path / "False"))
+
+
+def test_a_file_without_the_head_that_trains_is_refused(tmp_path):
+    pytest.importorskip("safetensors")
+    pk.save_adapter(filled(pk.inject(Classifier(), ["body"], r=2, modules_to_save=())), tmp_path)
+    model = pk.inject(Classifier(), ["body"], r=2, modules_to_save=["classifier"])
+    with pytest.raises(ValueError, match=r"missing in the file \(2\): classifier.weight"):
+        pk.load_adapter(model, tmp_path)
+    missing, _ = pk.load_adapter(model, tmp_path, strict=False)
+    assert missing == ["classifier.weight", "classifier.bias"]
+
+
+class Nested(Classifier):
+    """With a child of its own that has the name of ours."""
+
+    def __init__(self):
+        super().__init__()
+        self.classifier = nn.Linear(8, 3)
+        self.classifier.base_layer = nn.Linear(3, 3)
+
+    def forward(self, x):
+        return self.classifier.base_layer(self.classifier(self.body(x)))
+
+
+def test_names_like_ours_are_left_alone(tmp_path):
+    pytest.importorskip("safetensors")
+    model = filled(pk.inject(Nested(), ["body"], r=2, modules_to_save=["classifier"]))
+    with torch.no_grad():
+        for parameter in model.classifier.parameters():
+            parameter.add_(1.0)
+    pk.save_adapter(model, tmp_path)
+    fresh, x = Nested(), torch.randn(2, 8)
+    pk.load_adapter(fresh, tmp_path)
+    assert torch.equal(fresh(x), model(x))
+    assert all(p.requires_grad for p in fresh.classifier.parameters())
+
+
+@pytest.mark.parametrize("bias", ["all", "pera_only"])
+def test_a_peft_folder_with_trained_biases_runs(bias, tmp_path):
+    peft = pytest.importorskip("peft")
+    from pera_kernels.peft import PeraConfig
+
+    own = PeraConfig(r=2, target_modules=["up"], bias=bias, init_weights=False)
+    model = peft.get_peft_model(plain_model(), own)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.1)
+    model.save_pretrained(tmp_path)
+    plain, x = plain_model(), torch.randn(3, 24)
+    pk.load_adapter(plain, tmp_path)
+    torch.testing.assert_close(plain(x), model(x))
+
+
+def test_a_load_that_fails_late_takes_the_adapters_out_again(tmp_path, monkeypatch):
+    pytest.importorskip("safetensors")
+    from pera_kernels.adapters import trained as beside
+
+    pk.save_adapter(filled(pk.inject(Classifier(), ["body"], modules_to_save=())), tmp_path)
+
+    def fail(self):
+        raise RuntimeError("late")
+
+    monkeypatch.setattr(beside.Places, "write", fail)
+    model = Classifier()
+    with pytest.raises(RuntimeError, match="late"):
+        pk.load_adapter(model, tmp_path)
+    assert type(model.body) is nn.Linear and all(p.requires_grad for p in model.parameters())
+
+
+def test_a_head_on_the_meta_device(tmp_path):
+    pytest.importorskip("safetensors")
+    pk.save_adapter(
+        filled(pk.inject(Classifier(), ["body"], r=2, modules_to_save=["classifier"])), tmp_path
+    )
+    model = Classifier().to("meta")
+    pk.load_adapter(model, tmp_path)
+    assert model(torch.randn(2, 8, device="meta")).shape == (2, 3)
 
 
 def test_a_computed_factor_is_not_loaded_into(tmp_path):

@@ -216,6 +216,12 @@ def adopt(
             f"model must have parameters with a shape; {some(lazy)} get theirs in its "
             "first call: call the model once before"
         )
+    for name, _, layer in places:
+        if hasattr(layer, "_hf_hook") and any(p.is_meta for p in layer.parameters()):
+            raise ValueError(
+                f"{name} is offloaded by accelerate, and its adapter would have no device: load "
+                "the model without offloading"
+            )
     refuse_read_weights(model, (name for name, _, _ in places))
     trainable = [(p, p.requires_grad) for p in model.parameters()]
     # A layer that stands under two names keeps doing so: one adapter for both.

@@ -15,7 +15,15 @@ from torch import nn
 from pera_kernels import functional
 from pera_kernels.adapters.export import AdapterView
 from pera_kernels.checks import FLOATING
-from pera_kernels.module import PeraLinear, Sharing, features, is_plain_linear, unobserved
+from pera_kernels.module import (
+    PeraLinear,
+    Sharing,
+    Tie,
+    features,
+    is_plain_linear,
+    refuse_tied,
+    unobserved,
+)
 from pera_kernels.operands import Base, Factors, Options
 from pera_kernels.switch import Switch
 from pera_kernels.terms import Terms, coefficient_count
@@ -127,6 +135,7 @@ class PeraLayer(nn.Module, BaseTunerLayer):
         self._switch = Switch()
         self.merged_adapters: list[str] = []
         self.shared_inputs: Sharing | None = None
+        self.tied: tuple[Tie, ...] = ()
         # W0 while adapters are merged, so that unmerging is exact.
         self.register_buffer("_merged_base", None, persistent=False)
         self.register_state_dict_post_hook(_base_apart)
@@ -305,8 +314,9 @@ class PeraLayer(nn.Module, BaseTunerLayer):
         names = [name for name in names or () if name in self.pera_A]
         if not names:
             return
-        merged = self.merged_weight([*self.merged_adapters, *names], safe_merge)
         weight = self._dense_weight()
+        refuse_tied(weight, self.tied)
+        merged = self.merged_weight([*self.merged_adapters, *names], safe_merge)
         if self._merged_base is None:
             # A copy that is made in inference mode could not be used outside of it.
             with torch.inference_mode(False):

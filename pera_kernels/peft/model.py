@@ -25,9 +25,9 @@ from pera_kernels.adapters.export import best_of_rank, expanded
 from pera_kernels.adapters.hooks import remove_all_hooks
 from pera_kernels.adapters.inject import HEADS
 from pera_kernels.adapters.shared_inputs import shared_inputs
-from pera_kernels.adapters.ties import refuse_shared
+from pera_kernels.adapters.ties import refuse_shared, ties
 from pera_kernels.adapters.uncalled import refuse_read_weights, watch
-from pera_kernels.checks import naming
+from pera_kernels.checks import naming, some
 from pera_kernels.terms import check_rank
 
 from .config import PeraConfig
@@ -66,6 +66,9 @@ class PeraModel(BaseTuner):
             refuse_read_weights(model, new)
             shared_inputs(model)
             watch(model, new.values())
+            found = ties(model, _weights(self._layers(model)))
+            for name, layer in self._layers(model).items():
+                layer.tied = tuple(found.get(f"{name}.base_layer.weight", ()))
         except BaseException:
             for name, layer in list(model.named_modules(remove_duplicate=False)):
                 if not isinstance(layer, PeraLayer) or layer in held:
@@ -109,7 +112,7 @@ class PeraModel(BaseTuner):
         if lost:
             warnings.warn(
                 f"{len(lost)} modules with PERA adapters in the file are not in this model, and "
-                f"their adapters are not loaded: {_some(lost)}",
+                f"their adapters are not loaded: {some(sorted(lost))}",
                 stacklevel=2,
             )
         # PEFT knows a layer by its first name, and misses what it loads under the others.
@@ -187,14 +190,7 @@ class PeraModel(BaseTuner):
 
     def _check_merge_allowed(self) -> None:
         """Refuse to change a weight that another module uses."""
-        refuse_shared(
-            self.model,
-            {
-                f"{name}.base_layer.weight": layer.base_layer.weight  # type: ignore[misc]
-                for name, layer in self._layers().items()
-                if isinstance(getattr(layer.base_layer, "weight", None), nn.Parameter)
-            },
-        )
+        refuse_shared(self.model, _weights(self._layers()))
 
     def merge_adapter(
         self, adapter_names: list[str] | None = None, safe_merge: bool = False
@@ -457,9 +453,10 @@ def _warn_of_misses(config: PeraConfig, modules: Sequence[str], parameters: set[
     warnings.warn(f"PeraConfig: nothing in the model matches {found}{reason}", stacklevel=3)
 
 
-def _some(names: set[str]) -> str:
-    """The first eight names."""
-    return ", ".join(sorted(names)[:8]) + (", ..." if len(names) > 8 else "")
+def _weights(layers: dict[str, PeraLayer]) -> dict[str, nn.Parameter]:
+    """The parameters that are the weights of bases, by name."""
+    found = {n: getattr(layer.base_layer, "weight", None) for n, layer in layers.items()}
+    return {f"{n}.base_layer.weight": w for n, w in found.items() if isinstance(w, nn.Parameter)}
 
 
 def _freeze(layer: PeraLayer, adapter_name: str) -> None:
