@@ -156,6 +156,21 @@ def delta_weight(
         return DeltaWeight.apply(A, B, h, options)
 
 
+def exact_delta_weight(
+    adapter: Factors, *, scale: float, terms: Terms, like: torch.Tensor, backend: str = "auto"
+) -> torch.Tensor:
+    """ΔW in float32 (float64 for a float64 ``like``) on the device of ``like``: the precision of a
+    merge.
+    """
+    work = torch.promote_types(like.dtype, torch.float32)
+    A, B, h = (None if t is None else t.to(like.device, work) for t in adapter)
+    assert A is not None and B is not None
+    # The kernels compute in float32, and refuse every transform, also of what is constant.
+    plain = work == torch.float64 or _transformed()
+    own = "auto" if plain else backend
+    return delta_weight(A, B, h, scale=scale, terms=terms, backend=own)
+
+
 def expand_factors(
     A: torch.Tensor,
     B: torch.Tensor,
@@ -189,7 +204,7 @@ def _as_autocast_says(x: torch.Tensor, base: Base) -> tuple[torch.Tensor, Base]:
     return x, base
 
 
-def transformed() -> bool:
+def _transformed() -> bool:
     """Whether a ``torch.func`` transform or forward-mode differentiation is active."""
     if torch.compiler.is_compiling():
         return False
@@ -198,7 +213,7 @@ def transformed() -> bool:
 
 def _resolved(backend: str, device: torch.device, dtypes: tuple[torch.dtype, ...]) -> str:
     """The backend to use. Every transform goes through the reference's plain operators."""
-    if not transformed():
+    if not _transformed():
         return resolve(backend, device, dtypes)
     if backend == "triton":
         raise ValueError(

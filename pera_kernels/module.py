@@ -315,15 +315,9 @@ class PeraLinear(nn.Module):
     @torch.no_grad()
     def _exact_delta(self, adapter: Adapter) -> torch.Tensor:
         """ΔW in float32 (float64 for a float64 weight), the precision of a merge."""
-        work = torch.promote_types(self.weight.dtype, torch.float32)
-        factors = (None if t is None else t.to(self.weight.device, work) for t in adapter.factors)
-        # The kernels compute in float32, and refuse every transform, also of what is constant.
-        plain = work == torch.float64 or functional.transformed()
-        return functional.delta_weight(
-            *factors,  # type: ignore[arg-type]
-            scale=adapter.scale,
-            terms=adapter.terms,
-            backend="auto" if plain else self.backend,
+        factors, scale, terms = adapter
+        return functional.exact_delta_weight(
+            factors, scale=scale, terms=terms, like=self.weight, backend=self.backend
         )
 
     @torch.no_grad()

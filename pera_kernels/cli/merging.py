@@ -10,8 +10,9 @@ from torch import nn
 from ..adapters.checkpoint import AdapterFile, places_of_others
 from ..adapters.merge import refuse_shared
 from ..checks import FLOATING
-from ..functional import delta_weight
+from ..functional import exact_delta_weight
 from ..module import is_plain_linear, unobserved
+from ..operands import Factors
 from .tables import progress
 
 __all__ = ["add_to"]
@@ -36,14 +37,12 @@ def add_to(model: nn.Module, read: AdapterFile) -> None:
     with torch.no_grad():
         for name, own in progress(list(read.tensors.items()), "merging"):
             weight, transposed = weights[name]
-            work = torch.promote_types(weight.dtype, torch.float32)
-            h = own.get("pera_h")
-            delta = delta_weight(
-                own["pera_A"].to(work),
-                own["pera_B"].to(work),
-                None if h is None else h.to(work),
-                scale=read.options[name]["alpha"] / read.options[name]["r"],
-                terms=read.options[name]["terms"],
+            options = read.options[name]
+            delta = exact_delta_weight(
+                Factors(own["pera_A"], own["pera_B"], own.get("pera_h")),
+                scale=options["alpha"] / options["r"],
+                terms=options["terms"],
+                like=weight,
             )
             merged = ((delta.t() if transposed else delta) + weight).to(weight.dtype)
             _check_finite(f"{name}.weight", merged)

@@ -252,14 +252,9 @@ class PeraLayer(nn.Module, BaseTunerLayer):
 
     def get_delta_weight(self, adapter: str) -> torch.Tensor:
         """s φ(B) diag(1, h) φ(A) as the base stores its weight; in at least float32."""
-        A, B, h = self._factors(adapter)
-        work = torch.promote_types(A.dtype, torch.float32)
-        delta = functional.delta_weight(
-            A.to(work),
-            B.to(work),
-            None if h is None else h.to(work),
-            scale=self.scaling[adapter],
-            terms=self.terms[adapter],
+        factors, terms = self._factors(adapter), self.terms[adapter]
+        delta = functional.exact_delta_weight(
+            factors, scale=self.scaling[adapter], terms=terms, like=factors.A
         )
         return delta.t() if self.fan_in_fan_out else delta
 
