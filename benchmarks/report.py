@@ -208,7 +208,7 @@ def plot(frame: pd.DataFrame, x: str, y: str, unit: str, path: Path) -> None:
                 width = 2.4 if name == "auto" else 1.2
                 axis.plot(points, marker="o", ms=3, lw=width, color=f"C{number}", label=name)
             axis.set(xscale="log", yscale="log", xlabel="tokens" if x == "T" else "rank")
-            axis.set_title(f"{dtype}, {n}→{m}, {'r' if x == 'T' else 'T'}={fixed}")
+            axis.set_title(f"{dtype}\n{n}→{m}, {'r' if x == 'T' else 'T'}={fixed}")
             axis.set_xticks(lines.index, [str(value) for value in lines.index])
             axis.xaxis.set_minor_locator(NullLocator())
             axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
