@@ -677,3 +677,14 @@ def test_one_tied_layer_is_not_merged():
     with pytest.raises(ValueError, match="would change model.embed_tokens.weight as well"):
         model.base_model.model.lm_head.merge()
     assert torch.equal(model.base_model.model.model.embed_tokens.weight, before)
+
+
+def test_a_backward_unmerges_nothing():
+    from torch.utils.checkpoint import checkpoint
+
+    model, x = plain(), torch.randn(3, 4, requires_grad=True)
+    model.merge_adapter()
+    y = checkpoint(model, x, use_reentrant=False)
+    with model.disable_adapter(), pytest.raises(RuntimeError, match="outside of disable_adapter"):
+        y.sum().backward()
+    assert all(layer.merged for layer in layers(model).values())

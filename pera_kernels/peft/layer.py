@@ -339,6 +339,12 @@ class PeraLayer(nn.Module, BaseTunerLayer):
             if self.merged:
                 if by_sample is not None:
                     raise ValueError("adapter_names needs unmerged adapters: unmerge first")
+                if torch._C._current_graph_task_id() != -1:
+                    raise RuntimeError(
+                        "a backward computes again with adapters that are merged and disabled: "
+                        "unmerging them now would change what the forward computed; run the "
+                        "backward outside of disable_adapter()"
+                    )
                 self.unmerge()
             y = self.base_layer(x, *args, **kwargs)
             return y if disabled else self._mixed(x, y, by_sample)
