@@ -103,7 +103,7 @@ def test_plots_are_the_same_for_the_same_rows(folder, tmp_path):
         written = sorted((tmp_path / name).glob("*.svg"))
         texts.append([path.read_text() for path in written])
     assert [path.stem for path in written] == ["cpu-memory-by-tokens", "cpu-ratio-by-tokens"]
-    assert texts[0] == texts[1] and "float32, 64→64, r=16" in texts[0][0]
+    assert texts[0] == texts[1] and "64→64, r=16" in texts[0][0]
 
 
 def test_documents_are_what_the_committed_rows_say():
