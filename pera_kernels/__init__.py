@@ -1,9 +1,10 @@
 """Fused kernels for PERA, Polynomial Expansion Rank Adaptation (arXiv 2604.11841)."""
 
 from . import reference
-from .adapters.checkpoint import adapter_state_dict, load_adapter, save_adapter
+from .adapters.checkpoint import adapter_state_dict, save_adapter
 from .adapters.export import export_lora
 from .adapters.inject import adapted_modules, adapter_parameters, inject
+from .adapters.load import load_adapter
 from .adapters.merge import merge, unload, unmerge
 from .adapters.optimizer import parameter_groups
 from .adapters.released import load_released

@@ -16,31 +16,24 @@ import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
 
-from ..checks import FLOATING, check_adapter, check_model, naming, some
-from ..module import AdapterOptions, features
+from ..checks import check_adapter, naming
+from ..module import AdapterOptions
 from ..terms import TERMS
 from . import files
 from .inject import (
-    adapted_modules,
-    adopt,
     base_name,
-    named_places,
-    refuse_parallel,
     require_adapters,
 )
-from .merge import unload
-from .trained import Found, Places, find, plain_name
+from .trained import Found, find, plain_name
 
 __all__ = [
     "AdapterFile",
-    "Incompatible",
     "adapter_state_dict",
-    "load_adapter",
     "read_adapter",
     "save_adapter",
 ]
@@ -55,13 +48,6 @@ PARTS = ("pera_A", "pera_B", "pera_h")
 OPTIONS = ("r", "alpha", "terms", "dropout")
 # Before the name of every tensor, since version 2 and in PEFT.
 PREFIX = "base_model.model."
-
-
-class Incompatible(NamedTuple):
-    """Keys of the model that the file has not, and of the file that the model has not."""
-
-    missing_keys: list[str]
-    unexpected_keys: list[str]
 
 
 @dataclass(frozen=True)
@@ -94,7 +80,7 @@ def unwrapped(model: nn.Module) -> nn.Module:
         model = inner
 
 
-def _key(module: str, part: str) -> str:
+def tensor_name(module: str, part: str) -> str:
     return f"{module}.{part}" if module else part
 
 
@@ -105,7 +91,7 @@ def adapter_state_dict(model: nn.Module) -> dict[str, torch.Tensor]:
         ValueError: the model has no adapter.
     """
     return {
-        _key(name, part): tensor.detach()
+        tensor_name(name, part): tensor.detach()
         for name, layer in require_adapters(unwrapped(model), "save").items()
         for part in PARTS
         if (tensor := getattr(layer, part)) is not None
@@ -197,7 +183,7 @@ def save_adapter(
         base_name(name): {key: getattr(m, key) for key in OPTIONS} for name, m in layers.items()
     }
     tensors = {base_name(name): tensor for name, tensor in adapter_state_dict(model).items()}
-    _check_modules(options, _split(tensors, folder), folder)
+    check_modules(options, _split(tensors, folder), folder)
     for name, layer in layers.items():
         with naming(name):
             layer.check_fit()
@@ -237,7 +223,7 @@ def read_adapter(folder: str | os.PathLike[str]) -> AdapterFile:
     else:
         _check_version(config, path)
         options, by_module, others, frozen = _from_own(config, tensors, path)
-    _check_modules(options, by_module, folder / TENSORS_FILE)
+    check_modules(options, by_module, folder / TENSORS_FILE)
     if stored is not None:
         _compare(folder / CONFIG_FILE, config)
     base = config.get("base_model") or config.get("base_model_name_or_path")
@@ -324,7 +310,7 @@ def _from_own(config: Mapping[str, Any], tensors: Mapping[str, torch.Tensor], pa
     targets = config.get("target_modules")
     if not isinstance(targets, list) or set(map(str, targets)) != set(by_module):
         told = targets if isinstance(targets, list) else []
-        _listed(
+        refuse_listed(
             f"{path}: target_modules and tensors disagree",
             {
                 "without tensors": sorted(set(map(str, told)) - set(by_module)),
@@ -382,7 +368,7 @@ def _by_pattern(patterns: Any, name: str, default: Any, path: Path) -> Any:
     return default
 
 
-def _check_modules(
+def check_modules(
     options: dict[str, dict[str, Any]], tensors: dict[str, dict[str, torch.Tensor]], path: Path
 ) -> None:
     """Every module's options and tensors fit each other; ranks are those of the tensors."""
@@ -411,7 +397,7 @@ def _check_modules(
             raise ValueError(f"{where}: {error}") from error
 
 
-def _listed(head: str, lists: Mapping[str, list[str]], limit: int = 12) -> None:
+def refuse_listed(head: str, lists: Mapping[str, list[str]], limit: int = 12) -> None:
     """Raise one ValueError that lists what is wrong."""
     lines = [head]
     for title, names in lists.items():
@@ -419,216 +405,3 @@ def _listed(head: str, lists: Mapping[str, list[str]], limit: int = 12) -> None:
             shown = ", ".join(names[:limit]) + (", ..." if len(names) > limit else "")
             lines.append(f"  {title} ({len(names)}): {shown}")
     raise ValueError("\n".join(lines))
-
-
-def load_adapter(
-    model: ModelT,
-    folder: str | os.PathLike[str],
-    strict: bool = True,
-    *,
-    overwrite: bool = False,
-    backend: str = "auto",
-    adapter_dtype: torch.dtype | None = None,
-) -> Incompatible:
-    """Put the adapter in ``folder`` into ``model``, in place, and whatever else the folder holds.
-
-    A plain model gets the adapters that the checkpoint has, of the ranks that its tensors have, as
-    by :func:`pera_kernels.inject`. A model with adapters has them filled: terms and shapes must
-    agree, and alpha becomes that of the checkpoint. Other parameters that trained (a head) are
-    written to those of the same name, which train from then on.
-
-    Args:
-        strict: raise if the model or the checkpoint has adapters that the other has not; else these
-            are left alone and returned. Tensors of another shape are refused in any case.
-        overwrite: fill adapters that hold something already (B is not zero).
-        backend, adapter_dtype: of the layers that are made; see :class:`PeraLinear`. A checkpoint
-            in half precision is promoted to float32 unless ``adapter_dtype`` says otherwise.
-
-    Returns:
-        ``(missing_keys, unexpected_keys)``: adapters' tensors of the model that the checkpoint has
-        not, and the other way round.
-
-    Raises:
-        FileNotFoundError, ValueError: see :func:`read_adapter`; or the checkpoint does not fit the
-            model: what is missing, unexpected or of another shape is listed. The model is
-            unchanged.
-    """
-    check_model(model)
-    read = read_adapter(folder)
-    return place(model, read, strict, overwrite, backend, adapter_dtype)
-
-
-def place(
-    model: nn.Module,
-    adapter: AdapterFile,
-    strict: bool,
-    overwrite: bool,
-    backend: str,
-    adapter_dtype: torch.dtype | None = None,
-) -> Incompatible:
-    """:func:`load_adapter` of what was read."""
-    inner = unwrapped(model)
-    if not adapted_modules(inner):
-        refuse_parallel(model)
-        return _inject(inner, adapter, strict, backend, adapter_dtype)
-    if adapter_dtype is not None:
-        raise ValueError(
-            f"adapter_dtype goes with a model without adapters; got {adapter_dtype} for one whose "
-            "adapters have their dtype already"
-        )
-    return _fill(inner, adapter, strict, overwrite)
-
-
-def places_of_others(model: nn.Module, adapter: AdapterFile) -> Places:
-    """Where what trained beside the adapters goes in a model."""
-    of_peft = adapter.config.get("peft_type") is not None
-    return Places(model, adapter.parameters, adapter.frozen, of_peft)
-
-
-def _keys(adapter: AdapterFile, names: list[str]) -> list[str]:
-    return [_key(name, part) for name in names for part in PARTS if part in adapter.tensors[name]]
-
-
-def _inject(
-    model: nn.Module,
-    adapter: AdapterFile,
-    strict: bool,
-    backend: str,
-    adapter_dtype: torch.dtype | None,
-) -> Incompatible:
-    # Of a wrapper and what it wraps, which have one name, the inner one comes last.
-    modules = {base_name(n): m for n, m in model.named_modules(remove_duplicate=False)}
-    unexpected = [name for name in adapter.tensors if not name or name not in modules]
-    misshapen = []
-    for name, own in adapter.tensors.items():
-        layer = modules.get(name)
-        if name in unexpected or layer is None:
-            continue
-        has = features(layer)
-        wants = (own["pera_A"].shape[1], own["pera_B"].shape[0])
-        if has != wants:
-            kind = type(layer).__name__
-            misshapen.append(f"{name} (adapter of {wants}, {kind} of {has})")
-    fitting = [name for name in adapter.tensors if name not in unexpected]
-    others = places_of_others(model, adapter)
-    misshapen += others.misshapen
-    if misshapen or (strict and (unexpected or others.unexpected)) or not fitting:
-        _listed(
-            f"the adapter in {adapter.path} does not fit this {type(model).__name__}",
-            {
-                "modules that the model lacks": unexpected,
-                "parameters that the model lacks": others.unexpected,
-                "of another shape (in, out)": misshapen,
-            },
-        )
-    options = {}
-    for name in fitting:
-        stored = adapter.tensors[name]["pera_A"].dtype
-        dtype = adapter_dtype or _adapter_dtype(modules[name], stored)
-        options[modules[name]] = AdapterOptions(
-            **adapter.options[name], adapter_dtype=dtype, backend=backend
-        )
-    trainable = [(p, p.requires_grad) for p in model.parameters()]
-    adapted = adopt(model, named_places(model, options), options)
-    try:
-        _copy(
-            [
-                (getattr(adapted[modules[name]], part), tensor)
-                for name in fitting
-                for part, tensor in adapter.tensors[name].items()
-            ]
-        )
-        others.write()
-    except BaseException:
-        unload(model, merge=False)
-        for parameter, requires_grad in trainable:
-            parameter.requires_grad_(requires_grad)
-        raise
-    return Incompatible([], _keys(adapter, unexpected) + others.unexpected)
-
-
-def _adapter_dtype(layer: nn.Module, stored: torch.dtype) -> torch.dtype:
-    """At least float32; float64 goes with float64 only."""
-    weight = getattr(layer, "weight", None)
-    own = weight.dtype if isinstance(weight, torch.Tensor) else torch.float32
-    if torch.float64 in (own, stored) and own in FLOATING:
-        return torch.promote_types(own, torch.float32)
-    return torch.promote_types(stored, torch.float32)
-
-
-def _fill(model: nn.Module, adapter: AdapterFile, strict: bool, overwrite: bool) -> Incompatible:
-    layers = {base_name(name): layer for name, layer in adapted_modules(model).items()}
-    missing = [name for name in layers if name not in adapter.tensors]
-    unexpected = [name for name in adapter.tensors if name not in layers]
-    both = [name for name in layers if name in adapter.tensors]
-    misshapen = []
-    for name in both:
-        layer, own = layers[name], adapter.tensors[name]
-        if layer.terms != adapter.options[name]["terms"]:
-            misshapen.append(
-                f"{name} (terms {adapter.options[name]['terms']!r} for a layer of {layer.terms!r})"
-            )
-            continue
-        for part, tensor in own.items():
-            if getattr(layer, part) is not None and layer._parameters.get(part) is None:
-                misshapen.append(f"{_key(name, part)} (computed from other tensors in this model)")
-                continue
-            has = tuple(getattr(layer, part).shape) if getattr(layer, part) is not None else None
-            if has != tuple(tensor.shape):
-                misshapen.append(f"{_key(name, part)} ({tuple(tensor.shape)} for {has})")
-    missing_keys = [
-        _key(n, part) for n in missing for part in PARTS if getattr(layers[n], part) is not None
-    ]
-    others = places_of_others(model, adapter)
-    misshapen += others.misshapen
-    unexpected_keys = _keys(adapter, unexpected) + others.unexpected
-    unexpected += others.unexpected
-    if others.missing and adapter.config.get("format_version") == 1:
-        # Such files hold adapters alone.
-        warnings.warn(
-            f"{adapter.path} holds adapters alone; {some(others.missing)} of this model, which "
-            "train, stay as they are",
-            stacklevel=4,
-        )
-    else:
-        missing_keys += others.missing
-        missing += others.missing
-    if misshapen or (strict and (missing or unexpected)) or not both:
-        _listed(
-            f"the adapter in {adapter.path} does not fit the adapters of this "
-            f"{type(model).__name__}",
-            {
-                "missing in the file": missing_keys,
-                "unexpected": unexpected_keys,
-                "of another shape": misshapen,
-            },
-        )
-    held = [name for name in both if not overwrite and bool(layers[name].pera_B.any())]
-    if held:
-        _listed(
-            "the model's adapters hold something already; load_adapter(..., overwrite=True) "
-            "replaces it",
-            {"adapters": held},
-        )
-    pairs = [
-        (getattr(layers[name], part), tensor)
-        for name in both
-        for part, tensor in adapter.tensors[name].items()
-    ]
-    # Everything that can fail happens before the first change.
-    for name in both:
-        with naming(name):
-            layers[name].check_unmergeable()
-    moved = [(own, tensor.to(own.device, own.dtype)) for own, tensor in pairs]
-    for name in both:
-        layers[name].unmerge()
-        layers[name].alpha = float(adapter.options[name]["alpha"])
-    _copy(moved)
-    others.write()
-    return Incompatible(missing_keys, unexpected_keys)
-
-
-@torch.no_grad()
-def _copy(pairs: list[tuple[torch.Tensor, torch.Tensor]]) -> None:
-    for own, tensor in pairs:
-        own.copy_(tensor)

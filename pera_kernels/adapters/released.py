@@ -14,7 +14,8 @@ from torch import nn
 from ..checks import check_model
 from ..terms import coefficient_count
 from . import files
-from .checkpoint import PREFIX, AdapterFile, Incompatible, _check_modules, place
+from .checkpoint import PREFIX, AdapterFile, check_modules
+from .load import Incompatible, place
 
 __all__ = ["load_released"]
 
@@ -77,7 +78,7 @@ def load_released(
             "terms": "full",
             "dropout": 0.0,
         }
-    _check_modules(options, by_module, file)
+    check_modules(options, by_module, file)
     adapter = AdapterFile(file, options, by_module)
     return place(model, adapter, strict, overwrite, backend, adapter_dtype)
 

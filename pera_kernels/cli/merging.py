@@ -7,7 +7,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..adapters.checkpoint import AdapterFile, places_of_others
+from ..adapters.checkpoint import AdapterFile
+from ..adapters.load import places_of_others
 from ..adapters.merge import refuse_shared
 from ..checks import FLOATING
 from ..functional import exact_delta_weight
