@@ -51,3 +51,49 @@ def refused(model, match, call):
         call(model)
     assert_unchanged(model, before, kinds)
     assert [p.requires_grad for p in model.parameters()] == grads
+
+
+def filled(model, std=0.4):
+    torch.manual_seed(3)
+    with torch.no_grad():
+        for parameter in pk.adapter_parameters(model):
+            parameter.normal_(std=std)
+    return model
+
+
+def layer(**options):
+    torch.manual_seed(0)
+    return filled(pk.PeraLinear(8, 6, r=4, **options))
+
+
+class Attention(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.q_proj, self.k_proj, self.v_proj = (nn.Linear(8, 8) for _ in range(3))
+
+    def forward(self, x):
+        return self.q_proj(x), self.k_proj(x), self.v_proj(x)
+
+
+def dx(x, call):
+    x.grad = None
+    call()
+    return x.grad
+
+
+class Head(nn.Module):
+    """What a fused loss does: the weight of the output layer is read."""
+
+    def __init__(self):
+        super().__init__()
+        self.body, self.lm_head = nn.Linear(8, 8), nn.Linear(8, 6, bias=False)
+
+
+class Classifier(nn.Module):
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.body, self.classifier = nn.Linear(8, 8), nn.Linear(8, 3)
+
+    def forward(self, x):
+        return self.classifier(self.body(x))

@@ -1,10 +1,22 @@
 """inject and its companions on small models."""
 
+import warnings
+
 import pytest
 import torch
 from torch import nn
 
 import pera_kernels as pk
+from tests.adapted import (
+    Attention,
+    Classifier,
+    assert_unchanged,
+    filled,
+    plain_model,
+    refused,
+    state,
+    trained,
+)
 
 
 class Block(nn.Module):
@@ -139,3 +151,187 @@ def test_parameter_groups_refuse_bad_rates_and_plain_models():
         pk.parameter_groups(m, "fast")
     with pytest.raises(ValueError, match="no adapter to train: call inject first"):
         pk.parameter_groups(model(), 1e-3)
+
+
+def test_every_target_of_a_list_has_to_match():
+    refused(Attention(), "'v_porj' matches no linear", lambda m: pk.inject(m, ["q_proj", "v_porj"]))
+
+
+def test_experts_in_one_tensor_are_named():
+    model = Attention()
+    model.experts = nn.ParameterDict({"gate_up_proj": torch.zeros(2, 8, 8)})
+    refused(model, "Experts in one tensor", lambda m: pk.inject(m, ["q_proj", "gate_up_proj"]))
+
+
+class Twice(nn.Module):
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.a = nn.Linear(8, 8)
+        self.b = self.a
+
+    def forward(self, x):
+        return self.b(self.a(x))
+
+
+@pytest.mark.parametrize("target", ["a", "b"])
+def test_a_module_with_two_names_is_one(target, tmp_path):
+    pytest.importorskip("safetensors")
+    model, fresh, x = Twice(), Twice(), torch.randn(3, 8)
+    filled(pk.inject(model, [target], r=2))
+    assert model.a is model.b
+    pk.save_adapter(model, tmp_path)
+    pk.load_adapter(fresh, tmp_path)
+    assert torch.equal(fresh(x), model(x))
+    pk.merge(model)
+    torch.testing.assert_close(model(x), fresh(x))
+    pk.unload(model)
+    assert type(model.a) is nn.Linear and model.a is model.b
+
+
+class Stubborn(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.q_proj, self.last = nn.Linear(8, 8), nn.Linear(8, 8)
+
+    def __setattr__(self, name, value):
+        if name == "last" and isinstance(value, pk.PeraLinear):
+            raise RuntimeError("not here")
+        super().__setattr__(name, value)
+
+
+def test_a_parent_that_takes_no_other_child_leaves_the_model_as_it_was():
+    model = Stubborn()
+    before, kinds = state(model), [type(m) for m in model.modules()]
+    with pytest.raises(RuntimeError, match="not here"):
+        pk.inject(model, ["q_proj", "last"], r=2)
+    assert_unchanged(model, before, kinds)
+    assert all(p.requires_grad for p in model.parameters()) and not model._forward_hooks
+
+
+@pytest.mark.parametrize("targets", [["0"], ["0", "1"]])
+def test_lazy_parameters_are_refused(targets):
+    model = nn.Sequential(nn.Linear(8, 8), nn.LazyLinear(4))
+    with pytest.raises(ValueError, match=r"1\.weight, 1\.bias get theirs"):
+        pk.inject(model, targets, r=2)
+    assert type(model[0]) is nn.Linear and model[0].weight.requires_grad
+    with pytest.raises(TypeError, match="first call"):
+        pk.PeraLinear.from_linear(nn.LazyLinear(4))
+
+
+def test_a_head_is_frozen_with_a_word():
+    with pytest.warns(UserWarning, match=r"freezes classifier.*modules_to_save=\['classifier'\]"):
+        model = pk.inject(Classifier(), ["body"], r=2)
+    assert not model.classifier.weight.requires_grad
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        pk.inject(Classifier(), ["body"], r=2, modules_to_save=())
+        model = pk.inject(Classifier(), ["body"], r=2, modules_to_save=["classifier"])
+    assert model.classifier.weight.requires_grad
+    refused(
+        Classifier(),
+        "modules_to_save: 'clasifier' matches no module",
+        lambda m: pk.inject(m, ["body"], r=2, modules_to_save=["clasifier"]),
+    )
+
+
+@pytest.mark.parametrize("saved", [["body"], ["embedding"]])
+def test_a_base_that_would_train_is_refused(saved):
+    def model():
+        made = Classifier()
+        made.embedding = nn.Embedding(8, 8)
+        made.embedding.weight = made.body.weight
+        return made
+
+    refused(model(), "body: weight must not require grad",
+            lambda m: pk.inject(m, ["body"], r=2, modules_to_save=saved))  # fmt: skip
+
+
+def test_a_head_that_is_the_target_is_not_said_to_be_frozen():
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        pk.inject(Classifier(), ["classifier"], r=2)
+
+
+def test_ties_are_those_of_the_last_injection():
+    model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
+    model[1].weight = model[0].weight
+    pk.inject(model, ["0"], r=2)
+    pk.inject(model, ["1"], r=2)
+    with pytest.raises(ValueError, match="1.weight"):
+        model[0].merge()
+    model[1].weight = nn.Parameter(model[1].weight.clone(), requires_grad=False)
+    model[0].merge()
+
+
+def test_a_second_injection_leaves_alone_what_trains():
+    model = pk.inject(Attention(), ["q_proj"], r=2, modules_to_save=["v_proj"])
+    model.q_proj.pera_h.requires_grad_(False)
+    pk.inject(model, ["k_proj"], r=2)
+    assert model.v_proj.weight.requires_grad and not model.q_proj.pera_h.requires_grad
+    assert not model.k_proj.weight.requires_grad
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_adapters_over_half_precision_are_float32(dtype, tmp_path):
+    pytest.importorskip("safetensors")
+    model = trained(plain_model().to(dtype))
+    assert {p.dtype for p in pk.adapter_parameters(model)} == {torch.float32}
+    model(torch.randn(2, 24, dtype=dtype)).sum().backward()
+    asked = trained(plain_model().to(dtype), adapter_dtype=dtype)
+    assert {p.dtype for p in pk.adapter_parameters(asked)} == {dtype}
+    pk.save_adapter(asked, tmp_path)
+    promoted, kept = plain_model().to(dtype), plain_model().to(dtype)
+    pk.load_adapter(promoted, tmp_path)
+    pk.load_adapter(kept, tmp_path, adapter_dtype=dtype)
+    assert {p.dtype for p in pk.adapter_parameters(promoted)} == {torch.float32}
+    assert {p.dtype for p in pk.adapter_parameters(kept)} == {dtype}
+    with pytest.raises(ValueError, match="adapter_dtype goes with a model without adapters"):
+        pk.load_adapter(kept, tmp_path, overwrite=True, adapter_dtype=dtype)
+
+
+def test_a_model_that_is_synchronized_takes_no_new_adapters(tmp_path):
+    """Their gradients would differ from process to process."""
+    pytest.importorskip("safetensors")
+    pk.save_adapter(trained(), tmp_path / "adapter")
+    file = tmp_path / "store"
+    torch.distributed.init_process_group("gloo", f"file://{file}", rank=0, world_size=1)
+    try:
+        model = nn.parallel.DistributedDataParallel(plain_model())
+        for change in (
+            lambda: pk.inject(model, ["up"], r=2),
+            lambda: pk.load_adapter(model, tmp_path / "adapter"),
+        ):
+            with pytest.raises(ValueError, match="wrapped in DistributedDataParallel"):
+                change()
+        adapted = nn.parallel.DistributedDataParallel(trained(seed=5))
+        pk.load_adapter(adapted, tmp_path / "adapter", overwrite=True)
+        x = torch.randn(2, 24)
+        assert torch.equal(adapted(x), trained()(x))
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+def test_why_adapters_over_half_precision_are_float32():
+    """What the README says of them: small steps vanish in bfloat16, GradScaler refuses float16."""
+
+    def moved(dtype):
+        model = trained(plain_model().bfloat16(), adapter_dtype=dtype)
+        before = [p.clone() for p in pk.adapter_parameters(model)]
+        optimizer = torch.optim.AdamW(pk.adapter_parameters(model), lr=1e-5, weight_decay=0.0)
+        model(torch.randn(9, 24).bfloat16()).float().square().mean().backward()
+        optimizer.step()
+        pairs = zip(before, pk.adapter_parameters(model), strict=True)
+        return sum(int((a != b).sum()) for a, b in pairs) / sum(b.numel() for b in before)
+
+    assert moved(torch.float32) > 0.9 and moved(torch.bfloat16) < 0.5
+    for dtype in (None, torch.float16):
+        model = trained(plain_model().half(), adapter_dtype=dtype)
+        scaler = torch.amp.GradScaler("cpu")
+        optimizer = torch.optim.AdamW(pk.adapter_parameters(model))
+        scaler.scale(model(torch.randn(9, 24).half()).float().mean()).backward()
+        if dtype is None:
+            scaler.unscale_(optimizer)
+        else:
+            with pytest.raises(ValueError, match="unscale FP16 gradients"):
+                scaler.unscale_(optimizer)

@@ -20,6 +20,7 @@ transformers = pytest.importorskip("transformers")
 from pera_kernels.peft import PeraLayer, parameter_groups  # noqa: E402
 from tests.test_peft import (  # noqa: E402
     IDS,
+    SIZES,
     adapted,
     config,
     gpt2,
@@ -326,17 +327,8 @@ def test_disabled_adapters_stay_disabled_in_mixed_batches():
 
 
 def mixtral():
-    return transformers.MixtralForCausalLM(
-        transformers.MixtralConfig(
-            vocab_size=64,
-            hidden_size=32,
-            intermediate_size=48,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-            num_key_value_heads=2,
-            num_local_experts=2,
-        )
-    )
+    config = transformers.MixtralConfig(**SIZES, num_local_experts=2)
+    return transformers.MixtralForCausalLM(config)
 
 
 MISSES = {
