@@ -536,3 +536,26 @@ def test_an_interrupted_call_leaves_nothing_that_is_used(together):
     model.stop = False
     model(x)
     assert together == [3, 3] and not model.q_proj.shared_inputs.dissolved
+
+
+def test_nothing_waits_after_an_interrupt(together):
+    """PyTorch calls no hooks after one: what was computed must not come back later."""
+
+    class Interrupted(Projections):
+        stop = True
+
+        def forward(self, hidden):
+            q = self.q_proj(hidden)
+            if self.stop:
+                raise KeyboardInterrupt
+            return q, self.k_proj(hidden), self.v_proj(hidden)
+
+    model, x = adapted(kind=Interrupted), torch.randn(5, 48)
+    with pytest.raises(KeyboardInterrupt):
+        model(x)
+    model.k_proj.pera_B.data.mul_(2.0)
+    assert torch.equal(model.k_proj(x), apart(model).k_proj(x))
+    model.stop = False
+    for got, want in zip(model(x), apart(model)(x), strict=True):
+        torch.testing.assert_close(got, want)
+    assert together == [3, 3]

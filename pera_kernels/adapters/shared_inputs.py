@@ -10,6 +10,7 @@ import sys
 import threading
 from collections import Counter
 from collections.abc import Callable, Sequence
+from types import FrameType
 from typing import Any, NamedTuple, Protocol, TypeGuard
 
 import torch
@@ -54,13 +55,22 @@ class _Member(Protocol):
 class _Call:
     """One call of the parent's forward: the first member that is asked for computes all."""
 
-    def __init__(self, members: Sequence[_Member]) -> None:
+    def __init__(self, members: Sequence[_Member], frame: FrameType) -> None:
         self.members = members
+        # That of the parent's call, which a KeyboardInterrupt ends without a word.
+        self.frame = frame
         # An exception that is being handled while the call starts is not one of the call.
         self.handled = sys.exc_info()[1]
         self.computed = False
         self.x: torch.Tensor | None = None
         self.waiting: dict[_Member, _Waiting] = {}
+
+    def runs(self) -> bool:
+        """Whether the parent's call is still going on: its frame is a few frames up."""
+        frame: FrameType | None = sys._getframe(1)
+        while frame is not None and frame is not self.frame:
+            frame = frame.f_back
+        return frame is not None
 
     def compute(self, layer: _Member, x: torch.Tensor) -> None:
         """Compute the outputs of ``layer`` and of those that can be computed with it."""
@@ -171,13 +181,11 @@ class SharedInputs(OwnHook):
             return
         children = [parent._modules.get(name) for name in self.names]
         members = [m for m in children if getattr(m, "shared_inputs", None) is self]
-        self._thread.call = _Call(members)  # type: ignore[arg-type]
+        self._thread.call = _Call(members, sys._getframe(1))  # type: ignore[arg-type]
 
     def close(self, parent: nn.Module, _: Any, __: Any) -> None:
-        """The parent's forward ended, in an exception or not.
-
-        PyTorch does not call it after a ``KeyboardInterrupt``: what waits then is freed by the next
-        call, and is still only given out for unchanged tensors.
+        """The parent's forward ended, in an exception or not. PyTorch does not call it after a
+        ``KeyboardInterrupt``.
         """
         if torch.compiler.is_compiling():
             return
@@ -188,6 +196,9 @@ class SharedInputs(OwnHook):
     def take(self, layer: _Member, x: torch.Tensor) -> torch.Tensor | None:
         """The output of ``layer``, computed together with others; None to compute it alone."""
         if torch.compiler.is_compiling() or (call := self._thread.call) is None:
+            return None
+        if not call.runs():
+            self._thread.call = None
             return None
         # What is traced must not depend on what was computed outside of the trace.
         if is_in_torch_dispatch_mode():
