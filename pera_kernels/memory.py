@@ -1,13 +1,14 @@
-"""Whether two tensors lie in the same memory."""
+"""Whether two tensors lie in the same memory, and who else holds a weight."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 
-__all__ = ["Span", "overlap", "span_of"]
+__all__ = ["Span", "Tie", "overlap", "refuse_tied", "span_of"]
 
 
 class Span(NamedTuple):
@@ -35,3 +36,22 @@ def overlap(a: Span | None, b: Span | None) -> bool:
     if a is None or b is None:
         return False
     return a.storage == b.storage and a.first < b.end and b.first < a.end
+
+
+class Tie(NamedTuple):
+    """A parameter or buffer of another module that lies in the memory of a layer's weight."""
+
+    module: nn.Module
+    part: str
+    name: str
+
+
+def refuse_tied(weight: torch.Tensor, tied: Iterable[Tie]) -> None:
+    """Raise if one of those that shared a weight when it was adapted still does."""
+    spans = {tie.name: span_of(getattr(tie.module, tie.part, None)) for tie in tied}
+    others = [name for name, span in spans.items() if overlap(span_of(weight), span)]
+    if others:
+        raise ValueError(
+            f"merging would change {', '.join(others)} as well, because the weight is shared; "
+            "untie it first"
+        )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
@@ -16,7 +16,8 @@ from torch import nn
 from . import checks, functional, reference
 from .backends import resolve
 from .checks import FLOATING
-from .memory import overlap, span_of
+from .linear import features, is_plain_linear, unobserved
+from .memory import Tie, refuse_tied
 from .operands import Base, Factors, Options
 from .switch import Switch
 from .terms import Terms, check_rank, check_terms, coefficient_count
@@ -48,14 +49,6 @@ class AdapterOptions:
         checks.check_plan(self.plan)
         if self.plan == "composed" and self.dropout > 0.0:
             raise ValueError(f"plan='composed' takes no dropout; got dropout={self.dropout}")
-
-
-class Tie(NamedTuple):
-    """A parameter or buffer of another module that lies in the memory of a layer's weight."""
-
-    module: nn.Module
-    part: str
-    name: str
 
 
 class Adapter(NamedTuple):
@@ -525,52 +518,9 @@ class PeraOverModule(PeraLinear):
         )
 
 
-def refuse_tied(weight: torch.Tensor, tied: Iterable[Tie]) -> None:
-    """Raise if one of those that shared a weight when it was adapted still does."""
-    spans = {tie.name: span_of(getattr(tie.module, tie.part, None)) for tie in tied}
-    others = [name for name, span in spans.items() if overlap(span_of(weight), span)]
-    if others:
-        raise ValueError(
-            f"merging would change {', '.join(others)} as well, because the weight is shared; "
-            "untie it first"
-        )
-
-
 def is_adapted(layer: nn.Module) -> bool:
     """Whether it is a layer with PERA adapters, of this package or of PEFT."""
     return isinstance(layer, PeraLinear) or hasattr(type(layer), "pera_view")
-
-
-def features(layer: nn.Module) -> tuple[int, int] | None:
-    """(in, out) of a linear-like module; None of another. transformers' Conv1D, whose weight is
-    (in, out), is one.
-    """
-    n, m = getattr(layer, "in_features", None), getattr(layer, "out_features", None)
-    weight = getattr(layer, "weight", None)
-    if type(layer).__name__ == "Conv1D" and isinstance(weight, torch.Tensor) and weight.dim() == 2:
-        n, m = weight.shape
-    return (n, m) if isinstance(n, int) and isinstance(m, int) else None
-
-
-def is_plain_linear(layer: nn.Module) -> bool:
-    """An ``nn.Linear`` whose forward is F.linear on floating-point parameters and nothing else."""
-    if type(layer) is not nn.Linear or layer.weight.dtype not in FLOATING:
-        return False
-    # A subclass of Tensor may be quantized, or a shard.
-    if type(layer.weight) is not nn.Parameter:
-        return False
-    return unobserved(layer)
-
-
-def unobserved(layer: nn.Module) -> bool:
-    """Whether calling the layer is its class's forward and nothing else: no hooks, no override."""
-    hooks = (
-        layer._forward_hooks,
-        layer._forward_pre_hooks,
-        layer._backward_hooks,
-        layer._backward_pre_hooks,
-    )
-    return "forward" not in layer.__dict__ and not any(hooks)
 
 
 def quadratic_share(

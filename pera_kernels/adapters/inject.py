@@ -12,7 +12,8 @@ from torch import nn
 
 from .. import checks
 from ..checks import check_model, naming, some
-from ..module import AdapterOptions, PeraLinear, PeraOverModule, features, is_adapted
+from ..linear import features
+from ..module import AdapterOptions, PeraLinear, PeraOverModule, is_adapted
 from ..terms import Terms
 from . import shared_inputs as sharing
 from .shared_inputs import SHARED_INPUTS

@@ -10,7 +10,8 @@ import torch
 from torch import nn
 
 from ..checks import FLOATING, check_model, naming, some
-from ..module import AdapterOptions, features
+from ..linear import features
+from ..module import AdapterOptions
 from .checkpoint import PARTS, AdapterFile, read_adapter, refuse_listed, tensor_name, unwrapped
 from .inject import adapted_modules, adopt, base_name, named_places, refuse_parallel
 from .merge import unload

@@ -8,8 +8,7 @@ from collections.abc import Mapping
 import torch
 from torch import nn
 
-from ..memory import Span, overlap, span_of
-from ..module import Tie
+from ..memory import Span, Tie, overlap, span_of
 
 __all__ = ["refuse_shared", "ties"]
 

@@ -12,7 +12,7 @@ from ..adapters.load import places_of_others
 from ..adapters.merge import refuse_shared
 from ..checks import FLOATING
 from ..functional import exact_delta_weight
-from ..module import is_plain_linear, unobserved
+from ..linear import is_plain_linear, unobserved
 from ..operands import Factors
 from .tables import progress
 

@@ -15,15 +15,9 @@ from torch import nn
 from pera_kernels import functional
 from pera_kernels.adapters.export import AdapterView
 from pera_kernels.checks import FLOATING
-from pera_kernels.module import (
-    PeraLinear,
-    Sharing,
-    Tie,
-    features,
-    is_plain_linear,
-    refuse_tied,
-    unobserved,
-)
+from pera_kernels.linear import features, is_plain_linear, unobserved
+from pera_kernels.memory import Tie, refuse_tied
+from pera_kernels.module import PeraLinear, Sharing
 from pera_kernels.operands import Base, Factors, Options
 from pera_kernels.switch import Switch
 from pera_kernels.terms import Terms, coefficient_count
