@@ -115,6 +115,26 @@ def test_adapters_that_were_not_called_are_named_after_the_first_forward():
     assert not model._forward_hooks
 
 
+class Penalized(nn.TransformerEncoderLayer):
+    def forward(self, x):
+        return super().forward(x) + self.linear1.weight.square().sum()
+
+
+class Rewritten(nn.TransformerEncoderLayer):
+    def forward(self, x):
+        return x @ self.linear1.weight.t()
+
+
+def test_an_encoder_layer_of_ones_own_is_read_as_others_are():
+    with pytest.warns(UserWarning, match=r"linear1 \(by Penalized\)"):
+        pk.inject(Penalized(8, 2, 8), ["linear1", "linear2"], r=2)
+    with pytest.raises(ValueError, match=r"linear1 \(by Rewritten\)"):
+        pk.inject(Rewritten(8, 2, 8), ["linear1"], r=2)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        pk.inject(nn.TransformerEncoderLayer(8, 2, 8), ["linear1", "linear2"], r=2)
+
+
 class HandedOn(Head):
     def forward(self, x):
         penalty = self.lm_head.weight.square().sum()

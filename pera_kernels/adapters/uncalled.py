@@ -48,7 +48,7 @@ def refuse_read_weights(model: nn.Module, names: Iterable[str]) -> None:
             around = modules[".".join(parts[:depth])]
             reads, calls = _forward_of(around)
             path = ".".join(parts[depth:])
-            if path in reads and not isinstance(around, FAST_PATHS):
+            if path in reads:
                 told = f"{name} (by {type(around).__name__})"
                 (sometimes if path in calls else never).append(told)
     if never:
@@ -72,25 +72,28 @@ def _forward_of(module: nn.Module) -> tuple[set[str], set[str]]:
     calls: set[str] = set()
     waiting = ["forward"]
     while waiting:
-        for method in _definitions(module, waiting.pop()):
+        for place, method in _definitions(module, waiting.pop()):
             own_reads, own_calls, goes_on = _read(method)
             waiting += own_calls - calls
-            reads |= own_reads
+            # These are kept off the path on which they read: see SlowPath.
+            reads |= own_reads if place not in FAST_PATHS else frozenset()
             calls |= own_calls
             if not goes_on:
                 break
     return reads, calls
 
 
-def _definitions(module: nn.Module, name: str) -> Iterator[FunctionType]:
-    """The functions that a method of a module may run: its own, and those that it overrides."""
+def _definitions(module: nn.Module, name: str) -> Iterator[tuple[object, FunctionType]]:
+    """The functions that a method of a module may run, its own and those that it overrides, and
+    where each stands.
+    """
     for place in (module, *type(module).__mro__):
         if place in (nn.Module, object):
             return
         method = inspect.unwrap(place.__dict__.get(name))  # type: ignore[arg-type]
         method = getattr(method, "__func__", method)
         if isinstance(method, FunctionType):
-            yield method
+            yield place, method
 
 
 @functools.lru_cache(maxsize=4096)
