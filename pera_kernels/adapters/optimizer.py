@@ -33,14 +33,10 @@ def parameter_groups(
     Raises:
         ValueError: a rate that is negative or not finite, or a model without a trainable adapter.
     """
-    check_rate("lr", lr)
-    check_rate("weight_decay", weight_decay)
-    if lr_h is not None:
-        check_rate("lr_h", lr_h)
     layers = require_adapters(model, "train").values()
     factors = [p for m in layers for p in (m.pera_A, m.pera_B)]
     hs = [m.pera_h for m in layers if m.pera_h is not None]
-    return grouped(model, factors, hs, lr, lr if lr_h is None else lr_h, weight_decay)
+    return grouped(model, factors, hs, lr, lr_h, weight_decay)
 
 
 def grouped(
@@ -48,14 +44,17 @@ def grouped(
     factors: Sequence[nn.Parameter],
     hs: Sequence[nn.Parameter],
     lr: float,
-    lr_h: float,
+    lr_h: float | None,
     weight_decay: float,
 ) -> list[dict[str, Any]]:
     """The groups of :func:`parameter_groups` from the adapters' parameters, those that train.
 
     Raises:
-        ValueError: none of them does.
+        TypeError, ValueError: a rate that does not fit, or none of the parameters trains.
     """
+    lr_h = lr if lr_h is None else lr_h
+    for name, rate in (("lr", lr), ("lr_h", lr_h), ("weight_decay", weight_decay)):
+        check_rate(name, rate)
     adapter = {id(p) for p in (*factors, *hs)}
     # A parameter that several layers share is in a group once.
     factors = [p for p in dict.fromkeys(factors) if p.requires_grad]

@@ -7,7 +7,6 @@ from typing import Any
 from torch import nn
 
 from pera_kernels.adapters.optimizer import grouped
-from pera_kernels.checks import check_rate
 
 from .layer import PeraLayer
 
@@ -26,10 +25,6 @@ def parameter_groups(
         ValueError: a rate that is negative or not finite, or a model without a PERA adapter that
             trains.
     """
-    check_rate("lr", lr)
-    check_rate("weight_decay", weight_decay)
-    if lr_h is not None:
-        check_rate("lr_h", lr_h)
     layers = [m for m in model.modules() if isinstance(m, PeraLayer)]
     if not layers:
         raise ValueError(
@@ -43,4 +38,4 @@ def parameter_groups(
             "model has no trainable adapter, for all its PERA adapters are frozen: an adapter that "
             "is loaded trains with PeftModel.from_pretrained(..., is_trainable=True)"
         )
-    return grouped(model, factors, hs, lr, lr if lr_h is None else lr_h, weight_decay)
+    return grouped(model, factors, hs, lr, lr_h, weight_decay)
