@@ -7,7 +7,7 @@ turns their shapes into a grid, splits and workspaces. Importing these files imp
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -17,7 +17,18 @@ import torch
 from ..dropout import drop_threshold, keep_scale
 from ..terms import Terms, expanded_rank, lane_count, offsets
 
-__all__ = ["Dropout", "Factor", "Launch", "in_memory", "launch", "on_device", "recorded"]
+__all__ = [
+    "Dropout",
+    "Factor",
+    "Launch",
+    "in_memory",
+    "launch",
+    "launching",
+    "on_device",
+    "recorded",
+    "start",
+    "starting",
+]
 
 
 class Launch(NamedTuple):
@@ -28,27 +39,44 @@ class Launch(NamedTuple):
     arguments: dict[str, Any]
 
 
-_recorder: ContextVar[list[Launch] | None] = ContextVar("recorder", default=None)
+def start(launch: Launch) -> Any:
+    """``kernel[grid](**arguments)``, positional, which takes the binder less time; returns what was
+    compiled.
+    """
+    kernel, grid, arguments = launch
+    positional = [arguments.pop(name) for name in kernel.arg_names]
+    return kernel[grid](*positional, **arguments)
+
+
+_launcher: ContextVar[Callable[[Launch], Any]] = ContextVar("launcher", default=start)
 
 
 def launch(kernel: Any, grid: tuple[int, ...], **arguments: Any) -> None:
-    """``kernel[grid](**arguments)``, unless launches are only :func:`recorded`."""
-    calls = _recorder.get()
-    if calls is None:
-        kernel[grid](**arguments)
-    else:
-        calls.append(Launch(kernel, grid, arguments))
+    """Start a kernel, unless launches go elsewhere."""
+    _launcher.get()(Launch(kernel, grid, arguments))
+
+
+def starting() -> bool:
+    """Whether kernels start where they are launched."""
+    return _launcher.get() is start
+
+
+@contextlib.contextmanager
+def launching(by: Callable[[Launch], Any]) -> Iterator[None]:
+    """Within this context ``by`` gets every launch and decides what becomes of it."""
+    token = _launcher.set(by)
+    try:
+        yield
+    finally:
+        _launcher.reset(token)
 
 
 @contextlib.contextmanager
 def recorded() -> Iterator[list[Launch]]:
     """Within this context no kernel starts: launches are collected, outputs stay uninitialised."""
     calls: list[Launch] = []
-    token = _recorder.set(calls)
-    try:
+    with launching(calls.append):
         yield calls
-    finally:
-        _recorder.reset(token)
 
 
 @dataclass(frozen=True)
@@ -105,9 +133,9 @@ def in_memory(phi: torch.Tensor) -> Factor:
     return Factor(phi, None, phi.shape[0], "linear")
 
 
-def on_device(x: torch.Tensor) -> contextlib.AbstractContextManager[object]:
-    """Make the tensor's GPU current while its kernels launch; nothing to do for the interpreter."""
-    return torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext()
+def on_device(device: torch.device) -> contextlib.AbstractContextManager[object]:
+    """Make a GPU current while its kernels launch; nothing to do for the interpreter."""
+    return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
 
 
 def dot_precision(dtype: torch.dtype) -> str:

@@ -8,6 +8,7 @@ Importing this file imports Triton.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import chain
 from typing import cast
 
 import torch
@@ -21,6 +22,7 @@ from .compose import compose
 from .contract import contract
 from .expand import expand
 from .launch import Dropout, Factor, in_memory, on_device
+from .plan import Tensors, run
 from .project import project
 from .reduce import Sum, sum_partials
 
@@ -51,7 +53,8 @@ def forward(
         composed = o.plan == "composed"
         y, u = forward_op(x, *base, *adapter, seed, o.scale, o.terms, o.dropout_p, composed)
         return [y], [u]
-    return _forward(x, bases, adapters, seed, options)
+    found = run(_forward, [x, seed, *chain(*bases), *chain(*adapters)], options)
+    return found[: len(bases)], found[len(bases) :]
 
 
 def backward(dy: torch.Tensor, saved: Saved, options: Options, needs: Sequence[bool]) -> Gradients:
@@ -63,14 +66,16 @@ def backward(dy: torch.Tensor, saved: Saved, options: Options, needs: Sequence[b
     if _traced(dy, x, u, weight, *adapter):
         rest = (o.scale, o.terms, o.dropout_p, o.plan == "composed", list(needs))
         return backward_op(dy, x, u, weight, *adapter, seed, *rest)
-    return _backward(dy, saved, options, needs)
+    dx, dA, dB, dh = run(_backward, [dy, x, u, weight, *adapter, seed], options, tuple(needs))
+    return dx, dA, dB, dh
 
 
 def delta_forward(adapter: Factors, options: Options) -> torch.Tensor:
     """ΔW ``(M, N)`` in the dtype of A."""
     if _traced(*adapter):
         return delta_forward_op(*adapter, options.scale, options.terms)
-    return _delta_forward(adapter, options)
+    (delta,) = run(_delta_forward, adapter, options)
+    return delta
 
 
 def delta_backward(
@@ -79,7 +84,8 @@ def delta_backward(
     """(dA, dB, dh), those of ``needs``, from the gradient G ``(M, N)`` of ΔW."""
     if _traced(G, *adapter):
         return delta_backward_op(G, *adapter, options.scale, options.terms, list(needs))
-    return _delta_backward(G, adapter, options, needs)
+    dA, dB, dh = run(_delta_backward, [G, *adapter], options, tuple(needs))
+    return dA, dB, dh
 
 
 def _traced(*tensors: torch.Tensor | None) -> bool:
@@ -92,19 +98,20 @@ def _traced(*tensors: torch.Tensor | None) -> bool:
     )
 
 
-def _forward(
-    x: torch.Tensor,
-    bases: Sequence[Base],
-    adapters: Sequence[Factors],
-    seed: torch.Tensor | None,
-    options: Options,
-) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
-    with on_device(x):
+def _forward(tensors: Tensors, options: Options) -> list[torch.Tensor]:
+    """The ys and then the us, from x, the seed, and three tensors of each base and adapter."""
+    x, seed, *rest = tensors
+    assert x is not None
+    threes = [rest[start : start + 3] for start in range(0, len(rest), 3)]
+    count = len(threes) // 2
+    bases = [Base(*three) for three in threes[:count]]
+    adapters = [Factors(*three) for three in threes[count:]]
+    with on_device(x.device):
         if options.plan == "composed":
             (base,), (adapter,) = bases, adapters
             assert base.weight is not None
             weight = _compose(base.weight, adapter, options, base.weight.dtype)
-            return [F.linear(x, weight, base.bias)], [x.new_empty(0)]
+            return [F.linear(x, weight, base.bias), x.new_empty(0)]
         r, terms = adapters[0].A.shape[0], options.terms
         starts = [_start(x, base) for base in bases]
         T, lanes = x.shape[0], lane_count(r, terms)
@@ -115,7 +122,7 @@ def _forward(
             for base_out, y in starts:
                 y.copy_(base_out)
             u.zero_()
-            return ys, us
+            return ys + us
         stack = Factor(_stack([A for A, _, _ in adapters]), None, r, terms, len(bases))
         backs = [Factor(B.t(), _dense(h), r, terms) for _, B, h in adapters]
         phis: list[torch.Tensor] = []
@@ -129,23 +136,26 @@ def _forward(
             phis = _expand_all(backs, x.dtype, pending)
         for (base_out, y), own, phi in zip(starts, us, phis, strict=True):
             accumulate(_rows_dense(base_out), own, phi, out=y, scale=options.scale)
-    return ys, us
+    return ys + us
 
 
-def _backward(dy: torch.Tensor, saved: Saved, options: Options, needs: Sequence[bool]) -> Gradients:
-    x, u, weight, adapter, seed = saved
+def _backward(tensors: Tensors, options: Options, needs: Sequence[bool]) -> list[torch.Tensor]:
+    """dx, dA, dB, dh from dy and what was saved, flat."""
+    dy, x, u, weight, *factors, seed = tensors
+    assert dy is not None
+    adapter = Factors(*factors)
     (A, B, h), r, terms = adapter, adapter.A.shape[0], options.terms
     need_x, need_A, need_B, need_h = needs
     dx = dy.new_empty((dy.shape[0], A.shape[1]) if need_x else 0)
     dA, dB, dh = _gradients(dy, adapter, needs[1:])
     if dy.numel() == 0 or A.shape[1] == 0:
-        return dx.zero_(), dA.zero_(), dB.zero_(), dh.zero_()
+        return [dx.zero_(), dA.zero_(), dB.zero_(), dh.zero_()]
     need_h = need_h and dh.numel() > 0
     lanes = lane_count(r, terms)
     dropout = Dropout(options.dropout_p, seed)
     a, b = Factor(A, _dense(h), r, terms), Factor(B.t(), _dense(h), r, terms)
     bare_b = Factor(B.t(), None, r, terms)
-    with on_device(dy):
+    with on_device(dy.device):
         adds = need_x and options.plan != "composed"
         if need_x and weight is not None:
             dx = dy @ (weight if adds else _compose(weight, adapter, options, dy.dtype))
@@ -177,28 +187,31 @@ def _backward(dy: torch.Tensor, saved: Saved, options: Options, needs: Sequence[
             assert x is not None
             sums += contract(v, x, a, df=dA, dh=None, scale=1.0, dropout=dropout)
         sum_partials(sums)
-    return dx, dA, dB, dh
+    return [dx, dA, dB, dh]
 
 
-def _delta_forward(adapter: Factors, options: Options) -> torch.Tensor:
-    A, B, _ = adapter
+def _delta_forward(tensors: Tensors, options: Options) -> list[torch.Tensor]:
+    A, B, _ = adapter = Factors(*tensors)
     if A.shape[1] == 0 or B.shape[0] == 0:
-        return A.new_empty(B.shape[0], A.shape[1])
-    with on_device(A):
-        return _compose(None, adapter, options, A.dtype)
+        return [A.new_empty(B.shape[0], A.shape[1])]
+    with on_device(A.device):
+        return [_compose(None, adapter, options, A.dtype)]
 
 
 def _delta_backward(
-    G: torch.Tensor, adapter: Factors, options: Options, needs: Sequence[bool]
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    tensors: Tensors, options: Options, needs: Sequence[bool]
+) -> list[torch.Tensor]:
+    G, *factors = tensors
+    assert G is not None
+    adapter = Factors(*factors)
     (A, B, h), r, terms, scale = adapter, adapter.A.shape[0], options.terms, options.scale
     need_A, need_B, need_h = needs
     dA, dB, dh = _gradients(G, adapter, needs)
     if G.numel() == 0:
-        return dA.zero_(), dB.zero_(), dh.zero_()
+        return [dA.zero_(), dB.zero_(), dh.zero_()]
     need_h = need_h and dh.numel() > 0
     a, b = Factor(A, _dense(h), r, terms), Factor(B.t(), _dense(h), r, terms)
-    with on_device(G):
+    with on_device(G.device):
         bare = [Factor(B.t(), None, r, terms), Factor(A, None, r, terms)]
         phi_b, phi_a = _expand_all(bare, G.dtype)
         sums = []
@@ -208,7 +221,7 @@ def _delta_backward(
         if need_B:
             sums += contract(phi_a.t(), G.t(), b, df=dB.t(), dh=None, scale=scale)
         sum_partials(sums)
-    return dA, dB, dh
+    return [dA, dB, dh]
 
 
 def _compose(
@@ -291,7 +304,7 @@ def forward_op(
     composed: bool,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     options = _options(terms, scale, dropout_p, composed)
-    (y,), (u,) = _forward(x, [Base(weight, bias, out)], [Factors(A, B, h)], seed, options)
+    y, u = run(_forward, [x, seed, weight, bias, out, A, B, h], options)
     return y, u
 
 
@@ -319,7 +332,9 @@ def backward_op(
     needs: Sequence[bool],
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     options = _options(terms, scale, dropout_p, composed)
-    return _backward(dy, Saved(x, u, weight, Factors(A, B, h), seed), options, needs)
+    tensors = [dy, x, u, weight, A, B, h, seed]
+    dx, dA, dB, dh = run(_backward, tensors, options, tuple(needs))
+    return dx, dA, dB, dh
 
 
 @backward_op.register_fake
@@ -332,7 +347,8 @@ def _(dy, x, u, weight, A, B, h, seed, scale, terms, dropout_p, composed, needs)
 def delta_forward_op(
     A: torch.Tensor, B: torch.Tensor, h: torch.Tensor | None, scale: float, terms: str
 ) -> torch.Tensor:
-    return _delta_forward(Factors(A, B, h), _options(terms, scale))
+    (delta,) = run(_delta_forward, [A, B, h], _options(terms, scale))
+    return delta
 
 
 @delta_forward_op.register_fake
@@ -350,7 +366,8 @@ def delta_backward_op(
     terms: str,
     needs: Sequence[bool],
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    return _delta_backward(G, Factors(A, B, h), _options(terms, scale), needs)
+    dA, dB, dh = run(_delta_backward, [G, A, B, h], _options(terms, scale), tuple(needs))
+    return dA, dB, dh
 
 
 @delta_backward_op.register_fake
