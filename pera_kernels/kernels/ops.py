@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import chain
-from typing import cast
+from typing import TypeGuard, cast
 
 import torch
 import torch.nn.functional as F
@@ -33,6 +33,7 @@ __all__ = ["backward", "delta_backward", "delta_forward", "forward"]
 # for a block of 128 tokens costs the whole GPU 0.25 µs at r=16, n=4096, and reading it from memory
 # a share of a launch. From here on a projection also fills the GPU without a split along N.
 EXPANDED_TOKENS = 8192
+BASE_LAST_TOKENS = 2048
 
 Gradients = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
 
@@ -57,16 +58,27 @@ def forward(
     return found[: len(bases)], found[len(bases) :]
 
 
-def backward(dy: torch.Tensor, saved: Saved, options: Options, needs: Sequence[bool]) -> Gradients:
+def backward(
+    dy: torch.Tensor,
+    saved: Saved,
+    options: Options,
+    needs: Sequence[bool],
+    onto: torch.Tensor | None = None,
+) -> Gradients:
     """(dx, dA, dB, dh) of one layer, those of ``needs``, from dy ``(T, M)``; the others are empty.
 
-    dx is the adapter's part alone where there is no dense weight.
+    dx is the adapter's part alone where there is no dense weight. In bfloat16 it is added to
+    ``onto``, the gradient ``(T, N)`` of other layers on the same x, if there is one.
     """
     (x, u, weight, adapter, seed), o = saved, options
     if _traced(dy, x, u, weight, *adapter):
         rest = (o.scale, o.terms, o.dropout_p, o.plan == "composed", list(needs))
         return backward_op(dy, x, u, weight, *adapter, seed, *rest)
-    dx, dA, dB, dh = run(_backward, [dy, x, u, weight, *adapter, seed], options, tuple(needs))
+    if dy.dtype != torch.bfloat16:
+        # Elsewhere sums are rounded, and float16 overflows, as they do for layers apart.
+        onto = None
+    tensors = [dy, x, u, weight, *adapter, seed, onto]
+    dx, dA, dB, dh = run(_backward, tensors, options, tuple(needs))
     return dx, dA, dB, dh
 
 
@@ -120,7 +132,8 @@ def _forward(tensors: Tensors, options: Options) -> list[torch.Tensor]:
         ys = [y for _, y in starts]
         if x.numel() == 0 or any(y.numel() == 0 for y in ys):
             for base_out, y in starts:
-                y.copy_(base_out)
+                if base_out is not None:
+                    y.copy_(base_out)
             u.zero_()
             return ys + us
         stack = Factor(_stack([A for A, _, _ in adapters]), None, r, terms, len(bases))
@@ -134,22 +147,24 @@ def _forward(tensors: Tensors, options: Options) -> list[torch.Tensor]:
             _finish(pending)
         else:
             phis = _expand_all(backs, x.dtype, pending)
-        for (base_out, y), own, phi in zip(starts, us, phis, strict=True):
-            accumulate(_rows_dense(base_out), own, phi, out=y, scale=options.scale)
+        for base, (base_out, y), own, phi in zip(bases, starts, us, phis, strict=True):
+            accumulate(base_out, own, phi, out=y, scale=options.scale)
+            if _comes_last(base.weight, x):
+                y.addmm_(x, base.weight.t())
     return ys + us
 
 
 def _backward(tensors: Tensors, options: Options, needs: Sequence[bool]) -> list[torch.Tensor]:
     """dx, dA, dB, dh from dy and what was saved, flat."""
-    dy, x, u, weight, *factors, seed = tensors
+    dy, x, u, weight, *factors, seed, onto = tensors
     assert dy is not None
     adapter = Factors(*factors)
     (A, B, h), r, terms = adapter, adapter.A.shape[0], options.terms
     need_x, need_A, need_B, need_h = needs
-    dx = dy.new_empty((dy.shape[0], A.shape[1]) if need_x else 0)
     dA, dB, dh = _gradients(dy, adapter, needs[1:])
     if dy.numel() == 0 or A.shape[1] == 0:
-        return [dx.zero_(), dA.zero_(), dB.zero_(), dh.zero_()]
+        dx = dy.new_zeros((dy.shape[0], A.shape[1]) if need_x else 0)
+        return [dx, dA.zero_(), dB.zero_(), dh.zero_()]
     need_h = need_h and dh.numel() > 0
     lanes = lane_count(r, terms)
     dropout = Dropout(options.dropout_p, seed)
@@ -157,8 +172,14 @@ def _backward(tensors: Tensors, options: Options, needs: Sequence[bool]) -> list
     bare_b = Factor(B.t(), None, r, terms)
     with on_device(dy.device):
         adds = need_x and options.plan != "composed"
-        if need_x and weight is not None:
-            dx = dy @ (weight if adds else _compose(weight, adapter, options, dy.dtype))
+        last = adds and _comes_last(weight, dy)
+        if need_x and weight is not None and not last:
+            own = weight if adds else _compose(weight, adapter, options, dy.dtype)
+            dx = onto = dy @ own if onto is None else onto.addmm_(dy, own)
+        elif onto is not None:
+            dx = onto
+        else:
+            dx = dy.new_empty((dy.shape[0], A.shape[1]) if need_x else 0)
         if adds or need_A:
             v, phi_a = dy.new_empty(dy.shape[0], lanes), None
             if dy.shape[0] >= EXPANDED_TOKENS:
@@ -171,8 +192,9 @@ def _backward(tensors: Tensors, options: Options, needs: Sequence[bool]) -> list
             if adds:
                 if phi_a is None:
                     (phi_a,) = _expand_all([a], dy.dtype, pending)
-                base = None if weight is None else dx
-                accumulate(base, v, phi_a, out=dx, scale=1.0, dropout=dropout)
+                accumulate(onto, v, phi_a, out=dx, scale=1.0, dropout=dropout)
+                if last:
+                    dx.addmm_(dy, weight)
         sums = []
         if need_B or need_h:
             if u is None:
@@ -251,18 +273,34 @@ def _finish(pending: Sum | None) -> None:
         sum_partials([pending])
 
 
-def _start(x: torch.Tensor, base: Base) -> tuple[torch.Tensor, torch.Tensor]:
-    """The base layer's output, and a contiguous tensor for y that may be the same."""
-    if base.weight is not None:
-        y = F.linear(x, base.weight, base.bias).contiguous()
+def _comes_last(weight: torch.Tensor | None, x: torch.Tensor) -> TypeGuard[torch.Tensor]:
+    """Whether the update is written first and the product with the base weight added to it by the
+    library, which saves a pass over the output.
+
+    Not in float16, where the reference rounds, and overflows, in the order of the other way, and
+    not in float32, where an update that is far larger than the base would cost accuracy.
+    """
+    return (
+        weight is not None
+        and x.dtype == torch.bfloat16
+        and x.shape[0] >= BASE_LAST_TOKENS
+        and x.shape[1] > 0
+    )
+
+
+def _start(x: torch.Tensor, base: Base) -> tuple[torch.Tensor | None, torch.Tensor]:
+    """What the update is added to, and a contiguous tensor for y that may be the same."""
+    weight, bias, out = base
+    if weight is not None:
+        if _comes_last(weight, x):
+            y = x.new_empty(x.shape[0], weight.shape[0])
+            return None if bias is None else bias.contiguous().expand_as(y), y
+        y = F.linear(x, weight, bias).contiguous()
         return y, y
-    assert base.out is not None
-    return base.out, torch.empty_like(base.out, memory_format=torch.contiguous_format)
-
-
-def _rows_dense(x: torch.Tensor) -> torch.Tensor:
-    """The same values with a unit last stride, as the accumulate kernel assumes."""
-    return x if x.stride(-1) == 1 else x.contiguous()
+    assert out is not None
+    y = torch.empty_like(out, memory_format=torch.contiguous_format)
+    # The kernel assumes a unit last stride.
+    return out if out.stride(-1) == 1 else out.contiguous(), y
 
 
 def _dense(h: torch.Tensor | None) -> torch.Tensor | None:
@@ -332,7 +370,7 @@ def backward_op(
     needs: Sequence[bool],
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     options = _options(terms, scale, dropout_p, composed)
-    tensors = [dy, x, u, weight, A, B, h, seed]
+    tensors = [dy, x, u, weight, A, B, h, seed, None]
     dx, dA, dB, dh = run(_backward, tensors, options, tuple(needs))
     return dx, dA, dB, dh
 

@@ -2,10 +2,10 @@
 
 To launch a kernel through Triton's binder costs the host some 25 µs, to choose its tiles, splits
 and arguments as much again, and both come to the same for the same shapes, strides, dtypes, options
-and device. The second call of an op with a configuration therefore does its work twice: as always,
-which compiles the kernels, and on fake tensors, which shows the launches and PyTorch operators that
-it consists of and the memory that each works on. From then on a call allocates, fills in pointers
-and launches.
+and device. The second call of an op with a configuration therefore runs it twice: as always, which
+compiles the kernels, and on fake tensors, which shows what launches and PyTorch operators it
+consists of and on which memory each works. From then on a call allocates, fills in pointers and
+launches.
 
 What has no plan takes the ordinary path: a configuration seen once, pointers that are not aligned,
 GPUs other than NVIDIA's, for which Triton specialises on the sizes of tensors too.
@@ -14,14 +14,15 @@ GPUs other than NVIDIA's, for which Triton specialises on the sizes of tensors t
 from __future__ import annotations
 
 import threading
-from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from operator import itemgetter
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
+from itertools import chain
 from typing import Any, NamedTuple
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from triton import knobs
 from triton.runtime import driver
 
@@ -32,8 +33,8 @@ __all__ = ["run"]
 # Each a tensor or None.
 Tensors = Sequence[Any]
 Op = Callable[..., list[torch.Tensor]]
-Values = list[Any]
-Take = Callable[[Values], tuple[Any, ...]]
+# Slots of a table, with offsets in bytes, that point into one piece of memory.
+Pointers = list[tuple[int, int]]
 
 # Triton compiles one kernel for pointers that this divides, another for those that it does not.
 ALIGNMENT = 16
@@ -83,7 +84,7 @@ def run(op: Op, tensors: Tensors, *options: Any) -> list[torch.Tensor]:
     compiled: list[Any] = []
     with launching(lambda launch: compiled.append(start(launch))):
         results = op(tensors, *options)
-    _plans[key] = _Plan(op, tensors, options, compiled)
+    _plans[key] = _record(op, tensors, options, compiled)
     return results
 
 
@@ -103,31 +104,26 @@ def _settings() -> tuple[Any, ...]:
     )
 
 
-class _Operation(NamedTuple):
-    """A call of a PyTorch operator."""
-
-    operator: Any
-    arguments: tuple[Any, ...]
-    options: dict[str, Any]
-    result: torch.Tensor
-
-
 class _Recorder(TorchDispatchMode):
-    """Notes what is allocated and, among the launches, which operators compute. Views need not be
+    """Notes, among the launches, which operators compute, and what is allocated. Views need not be
     repeated: they are known by the memory they lie in.
     """
 
     def __init__(self) -> None:
         super().__init__()
-        self.steps: list[Launch | _Operation] = []
+        self.steps: list[Any] = []
         self.allocated: list[torch.Tensor] = []
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
+        kwargs = kwargs or {}
+        result = func(*args, **kwargs)
         if func.overloadpacket in ALLOCATIONS:
             self.allocated.append(result)
-        elif isinstance(result, torch.Tensor) and not func.is_view:
-            self.steps.append(_Operation(func, args, kwargs or {}, result))
+        elif _is_tensor(result) and not func.is_view:
+            rest = [own for own in args if not _is_tensor(own)]
+            if any(map(_is_tensor, tree_leaves([rest, kwargs]))):
+                raise NotImplementedError(f"a plan of {func} with tensors in a list or by name")
+            self.steps.append((partial(func, **kwargs), args, result))
         return result
 
 
@@ -137,193 +133,149 @@ class _Part(NamedTuple):
     number: int
     layout: tuple[Any, Any, int] | None
 
-    def of(self, memory: Values) -> torch.Tensor:
-        whole: torch.Tensor = memory[self.number]
+    def of(self, memory: list[torch.Tensor]) -> torch.Tensor:
+        whole = memory[self.number]
         if self.layout is None:
             return whole
         shape, stride, offset = self.layout
         return whole.as_strided(shape, stride, whole.storage_offset() + offset)
 
 
-class _Table:
-    """What launches take their arguments from: constants, and pointers into numbered memory."""
-
-    def __init__(self) -> None:
-        self.values: Values = []
-        # By the number of the memory: slots of the table, with offsets in bytes.
-        self.pointers: dict[int, list[tuple[int, int]]] = defaultdict(list)
-        self._slots: dict[tuple[int, int], int] = {}
-        self._memory: dict[int, tuple[int, int, torch.Tensor]] = {}
-
-    def add(self, t: torch.Tensor, number: int, offset: int = 0) -> None:
-        """The storage of ``t`` stands for the memory of this number, from so many bytes on."""
-        self._memory[_storage(t)] = number, offset, t
-
-    def knows(self, t: torch.Tensor) -> bool:
-        return _storage(t) in self._memory
-
-    def part(self, t: torch.Tensor) -> _Part:
-        number, _, whole = self._memory[_storage(t)]
-        layout = t.shape, t.stride(), int(t.storage_offset())
-        return _Part(number, None if layout == (whole.shape, whole.stride(), 0) else layout)
-
-    def slot(self, value: Any) -> int:
-        """Where this argument of a launch stands."""
-        if not isinstance(value, torch.Tensor):
-            self.values.append(value)
-            return len(self.values) - 1
-        number, begin, _ = self._memory[_storage(value)]
-        at = number, begin + int(value.storage_offset()) * value.itemsize
-        if at not in self._slots:
-            self._slots[at] = self.slot(0)
-            self.pointers[number].append((self._slots[at], at[1]))
-        return self._slots[at]
-
-
 class _Start(NamedTuple):
-    """The launch of a compiled kernel on its grid."""
+    """The launch of a compiled kernel on its grid, with arguments from the table."""
 
     kernel: Callable[..., None]
-    arguments: Take
-    # Arguments that are tuples, by their slot.
-    tuples: list[tuple[int, Take]]
+    arguments: Callable[[list[Any]], tuple[Any, ...]]
 
-    def run(self, table: Values, memory: Values, stream: int) -> None:
-        for slot, take in self.tuples:
-            table[slot] = take(table)
+    def run(self, table: list[Any], memory: list[Any], stream: int) -> None:
         self.kernel(*self.arguments(table), stream=stream)
 
 
 class _Call(NamedTuple):
-    """The call of an operator; ``pointers`` go into what it returns, None if it was in place."""
+    """The call of an operator; its result is new memory unless ``pointers`` is None."""
 
-    operator: Any
+    operator: Callable[..., torch.Tensor]
     arguments: list[Any]
-    options: dict[str, Any]
-    pointers: list[tuple[int, int]] | None
+    pointers: Pointers | None
 
-    def run(self, table: Values, memory: Values, stream: int) -> None:
-        result = self.operator(*_filled(self.arguments, memory), **self.options)
+    def run(self, table: list[Any], memory: list[Any], stream: int) -> None:
+        arguments = [a.of(memory) if type(a) is _Part else a for a in self.arguments]
+        result = self.operator(*arguments)
         if self.pointers is not None:
             memory.append(result)
-            _point(table, self.pointers, result.data_ptr())
+            _point(table, self.pointers, result)
 
 
-class _Plan:
+class _Plan(NamedTuple):
     """The steps of an op for one configuration.
 
     Memory has numbers: the tensors that are given, those that are allocated (the last holds all
-    that only kernels see), then those that operators return.
+    that only kernels see), then what operators return. Launches take their arguments from a table
+    of constants and pointers.
     """
 
-    def __init__(self, op: Op, tensors: Tensors, options: Any, compiled: Iterable[Any]) -> None:
-        with FakeTensorMode():
-            given = [None if t is None else _like(t) for t in tensors]
-            with _Recorder() as recorder, launching(recorder.steps.append):
-                results = op(given, *options)
-        table = _Table()
-        for number, t in enumerate(given):
-            if t is not None:
-                table.add(t, number)
-        operations = [own for own in recorder.steps if isinstance(own, _Operation)]
-        seen = {_storage(t) for t in _tensors([results, *(own.arguments for own in operations)])}
-        lasting = [t for t in recorder.allocated if _storage(t) in seen]
-        for number, t in enumerate(lasting, len(given)):
-            table.add(t, number)
-        scratch, self.allocated = 0, [(t.shape, t.stride(), t.dtype) for t in lasting]
-        self.count = len(given) + len(lasting)
-        for t in recorder.allocated:
-            if _storage(t) not in seen:
-                table.add(t, self.count, scratch)
-                scratch += -(-t.untyped_storage().nbytes() // BLOCK) * BLOCK
-        if scratch:
-            self.allocated.append((torch.Size([scratch]), (1,), torch.uint8))
-            self.count += 1
-        self.steps = list(_steps(recorder.steps, iter(compiled), table, self.count))
-        self.results = [table.part(t) for t in results]
-        self.table, self.device = table.values, tensors[0].device
-        self.pointers = [table.pointers[number] for number in range(self.count)]
+    device: torch.device
+    allocated: list[tuple[Any, Any, torch.dtype]]
+    table: list[Any]
+    pointers: list[Pointers]
+    steps: list[_Start | _Call]
+    results: list[_Part]
 
     def run(self, tensors: Tensors) -> list[torch.Tensor]:
+        memory, table = list(tensors), self.table.copy()
         with on_device(self.device):
-            memory: Values = list(tensors)
-            for shape, stride, dtype in self.allocated:
-                memory.append(torch.empty_strided(shape, stride, dtype=dtype, device=self.device))
-            table = self.table.copy()
-            for t, pointers in zip(memory, self.pointers, strict=True):
+            memory += [_empty(*layout, self.device) for layout in self.allocated]
+            for own, pointers in zip(memory, self.pointers, strict=True):
                 if pointers:
-                    _point(table, pointers, t.data_ptr())
+                    _point(table, pointers, own)
             stream = driver.active.get_current_stream(self.device.index or 0)
             for step in self.steps:
                 step.run(table, memory, stream)
         return [part.of(memory) for part in self.results]
 
 
-def _steps(
-    recorded: Sequence[Launch | _Operation], compiled: Iterator[Any], table: _Table, number: int
-) -> Iterator[_Start | _Call]:
-    """What was recorded, in order; operators return memory from this number on."""
-    for step in recorded:
-        if isinstance(step, _Operation):
-            arguments, pointers = _parts(step.arguments, table), None
-            if not table.knows(step.result):
-                table.add(step.result, number)
-                pointers, number = table.pointers[number], number + 1
-            yield _Call(step.operator, arguments, step.options, pointers)
+def _point(table: list[Any], pointers: Pointers, memory: torch.Tensor) -> None:
+    address = memory.data_ptr()
+    for slot, offset in pointers:
+        table[slot] = address + offset
+
+
+def _record(op: Op, tensors: Tensors, options: Any, compiled: Iterable[Any]) -> _Plan:
+    """The plan of an op whose launches were compiled to these kernels."""
+    with FakeTensorMode():
+        given = [
+            t if t is None else _empty(t.shape, t.stride(), t.dtype, t.device) for t in tensors
+        ]
+        with _Recorder() as recorder, launching(recorder.steps.append):
+            results = op(given, *options)
+    device, kernels, steps = tensors[0].device, iter(compiled), list[_Start | _Call]()
+    # Operators and callers take tensors; what only kernels see is scratch memory.
+    calls = [step for step in recorder.steps if not isinstance(step, Launch)]
+    visible = {_storage(t) for t in chain(results, *(own for _, own, _ in calls)) if _is_tensor(t)}
+    allocated = {_storage(t): t for t in recorder.allocated}
+    lasting = [t for own, t in allocated.items() if own in visible]
+    # By storage: a number, where in that memory it begins, and a tensor that is all of it.
+    places = {_storage(t): (n, 0, t) for n, t in enumerate([*given, *lasting]) if t is not None}
+    count, scratch = len(given) + len(lasting), 0
+    table: list[Any] = []
+    pointers: list[Pointers] = [[] for _ in range(count + 1)]
+    slots: dict[tuple[int, int], int] = {}
+
+    def slot(value: Any) -> int:
+        """Where in the table a launch finds this argument."""
+        nonlocal scratch
+        if not _is_tensor(value):
+            table.append(value)
+            return len(table) - 1
+        if (storage := _storage(value)) not in places:
+            places[storage] = count, scratch, allocated[storage]
+            scratch += -(-value.untyped_storage().nbytes() // BLOCK) * BLOCK
+        number, begin, _ = places[storage]
+        at = number, begin + value.storage_offset() * value.itemsize
+        if at not in slots:
+            slots[at] = slot(None)
+            pointers[number].append((slots[at], at[1]))
+        return slots[at]
+
+    def taken(value: Any) -> str:
+        """The expression that takes this argument from a table t."""
+        if isinstance(value, tuple):
+            return f"({''.join(taken(own) + ',' for own in value)})"
+        return f"t[{slot(value)}]"
+
+    def part(value: Any) -> Any:
+        if not _is_tensor(value):
+            return value
+        number, _, whole = places[_storage(value)]
+        layout = value.shape, value.stride(), value.storage_offset()
+        return _Part(number, None if layout == (whole.shape, whole.stride(), 0) else layout)
+
+    for step in recorder.steps:
+        if isinstance(step, Launch):
+            arguments = taken(tuple(step.arguments[name] for name in step.kernel.arg_names))
+            grid = (*step.grid, 1, 1)[:3]
+            steps.append(_Start(next(kernels)[grid], eval(f"lambda t: {arguments}")))
             continue
-        slots, tuples = [], []
-        for name in step.kernel.arg_names:
-            value = step.arguments[name]
-            if isinstance(value, tuple):
-                slots.append(table.slot(None))
-                tuples.append((slots[-1], _taking([table.slot(own) for own in value])))
-            else:
-                slots.append(table.slot(value))
-        width, height, depth = (*step.grid, 1, 1)[:3]
-        yield _Start(next(compiled)[width, height, depth], _taking(slots), tuples)
+        operator, operands, result = step
+        new = _storage(result) not in places
+        parts = [part(own) for own in operands]
+        if new:
+            places[_storage(result)] = len(pointers), 0, result
+            pointers.append([])
+        steps.append(_Call(operator, parts, pointers[-1] if new else None))
+    parts = [part(t) for t in results]
+    layouts = [(t.shape, t.stride(), t.dtype) for t in lasting]
+    layouts.append((torch.Size([scratch]), (1,), torch.uint8))
+    return _Plan(device, layouts, table, pointers[: count + 1], steps, parts)
 
 
-def _like(t: torch.Tensor) -> torch.Tensor:
-    return torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device=t.device)
+def _empty(shape: Any, stride: Any, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    return torch.empty_strided(shape, stride, dtype=dtype, device=device)
+
+
+def _is_tensor(value: Any) -> bool:
+    return isinstance(value, torch.Tensor)
 
 
 def _storage(t: torch.Tensor) -> int:
-    return int(t.untyped_storage()._cdata)
-
-
-def _tensors(arguments: Any) -> Iterator[torch.Tensor]:
-    for own in arguments:
-        if isinstance(own, torch.Tensor):
-            yield own
-        elif isinstance(own, (list, tuple)):
-            yield from _tensors(own)
-
-
-def _parts(arguments: Any, table: _Table) -> list[Any]:
-    return [
-        table.part(own)
-        if isinstance(own, torch.Tensor)
-        else _parts(own, table)
-        if isinstance(own, (list, tuple))
-        else own
-        for own in arguments
-    ]
-
-
-def _filled(arguments: list[Any], memory: Values) -> list[Any]:
-    return [
-        own.of(memory) if type(own) is _Part else _filled(own, memory) if type(own) is list else own
-        for own in arguments
-    ]
-
-
-def _taking(slots: Sequence[int]) -> Take:
-    """What takes the values of these slots from a table, as a tuple."""
-    if len(slots) > 1:
-        return itemgetter(*slots)
-    return lambda table: tuple(table[slot] for slot in slots)
-
-
-def _point(table: Values, pointers: Sequence[tuple[int, int]], memory: int) -> None:
-    for slot, offset in pointers:
-        table[slot] = memory + offset
+    return t.untyped_storage()._cdata
