@@ -75,6 +75,7 @@ layer("full", plan="composed")
 # Sizes that nothing divides, expansions in memory, one token, layers that share their input.
 layer("full", T=31, N=71, M=51, r=3)
 layer("full", T=ops.EXPANDED_TOKENS)
+layer("full", T=ops.EXPANDED_TOKENS, group=3)
 layer("full", T=1, N=4096)
 layer("full", group=3)
 """

@@ -328,9 +328,9 @@ def test_expansions_with_far_lanes(name, sparse, interpreted):
         launchers[name]()
     got = sparse(torch.zeros_like(near), (width if name == "expand" else 1024, 1))
     far = sparse(phi, (width, 1))
-    f = {"f_0_ptr": sparse(a.rows, (1024, 1)), "stride_f_0_r": 1024}
+    job = (sparse(a.rows, (1024, 1)), (), got, 0, width, 1024, 1)
     changes = {
-        "expand": {"phi_0_ptr": got, "N_0": width, **f},
+        "expand": {"factors": (job,)},
         "accumulate": {"phi_ptr": far, "M": width, "y_ptr": got, "stride_y_t": 1024},
         "compose": {"phi_a_ptr": far, "N": width, "w_ptr": got, "stride_w_m": 1024},
     }
@@ -342,16 +342,16 @@ def test_expansions_with_far_lanes(name, sparse, interpreted):
 def test_a_sum_of_far_partial_results(sparse, interpreted):
     """out = Σ partial[p] with partial results that lie past 2**31."""
     from pera_kernels.kernels.launch import recorded
-    from pera_kernels.kernels.reduce import SUM_BLOCKS, Sum, sum_partials
+    from pera_kernels.kernels.reduce import ELEMENTS, Sum, sum_partials
 
-    partial = torch.randn(5, SUM_BLOCKS["BLOCK_S"])
+    partial = torch.randn(5, ELEMENTS // 8)
     out, got = torch.empty(2, partial.shape[1])
     job = Sum(partial, out, out.numel(), 0)
     sum_partials([job])
     with recorded() as calls:
         sum_partials([job])
     far, stride = sparse(partial, (FAR["product"], 1)), FAR["product"]
-    relaunch(calls[0], (1, 1), partial_0_ptr=far, numel_0=stride, out_0_ptr=got)
+    relaunch(calls[0], (1,), sums=((far, got, 5, stride, out.numel(), 0),))
     assert torch.equal(got, out)
 
 

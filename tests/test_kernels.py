@@ -38,6 +38,8 @@ def test_layers_that_share_a_split_projection(triton_backend, device, poison):
         Factors(torch.randn(2, 600, device=device), torch.randn(M, 2, device=device), None)
         for M in (7, 3, 40)
     ]
+    # Members of other strides are brought to those of the first.
+    adapters[1] = adapters[1]._replace(A=torch.randn(600, 2, device=device).t())
     bases = [Base(torch.randn(len(own.B), 600, device=device)) for own in adapters]
     arguments = (x, bases, adapters, None, Options("linear", scale=0.5))
     with recorded() as calls:
@@ -51,12 +53,38 @@ def test_layers_that_share_a_split_projection(triton_backend, device, poison):
         torch.testing.assert_close(y, expected, rtol=1e-4, atol=1e-4)
 
 
-def test_a_sum_of_more_parts_than_a_block_has(triton_backend, device):
-    from pera_kernels.kernels.reduce import SUM_BLOCKS, Sum, sum_partials
+def test_sums_of_few_and_of_more_parts_than_a_block_has(triton_backend, device, poison):
+    from pera_kernels.kernels.reduce import MOST_PARTS, Sum, sum_partials
 
-    partial = torch.randn(2 * SUM_BLOCKS["BLOCK_P"] + 5, 3, 50, device=device)
-    out = torch.empty(3, 60, device=device)[:, :50]
-    sum_partials([Sum(partial, out, 50, out.stride(0))])
+    shapes = [(2 * MOST_PARTS + 5, 3, 50), (1, 7, 1), (3, 40, 90), (MOST_PARTS, 1, 33), (2, 5, 9)]
+    partials = [torch.randn(shape, device=device) for shape in shapes]
+    outs = [torch.empty(p.shape[1], 100, device=device)[:, : p.shape[2]] for p in partials]
+    sum_partials([Sum(p, o, p.shape[2], 100) for p, o in zip(partials, outs, strict=True)])
+    for partial, out in zip(partials, outs, strict=True):
+        torch.testing.assert_close(out, partial.sum(0))
+
+
+@pytest.mark.parametrize("terms", ["full", "linear"])
+def test_many_factors_and_a_sum_in_one_launch(terms, triton_backend, device, poison):
+    """Three B of their own widths with h, three A below each other, and what a split left."""
+    from pera_kernels.kernels.expand import expand as expand_all
+    from pera_kernels.kernels.launch import Factor, recorded
+    from pera_kernels.kernels.reduce import Sum
+
+    h = None if terms == "linear" else torch.randn(15, device=device)
+    rows = [torch.randn(5, N, device=device) for N in (200, 1, 17, 33, 33, 33)]
+    factors = [Factor(own, h, 5, terms) for own in rows[:3]]
+    factors.append(Factor(rows[3], None, 5, terms, tuple(rows[4:])))
+    partial, out = torch.randn(9, 4, 70, device=device), torch.empty(4, 70, device=device)
+    pending = Sum(partial, out, 70, 70)
+    with recorded() as calls:
+        expand_all(factors, pending, dtype=torch.float32)
+    assert len(calls) == 1
+    *phis, stack = expand_all(factors, pending, dtype=torch.float32)
+    for own, phi in zip(rows, [*phis, *stack.chunk(3)], strict=True):
+        expected = circular(own, h if own.shape[1] != 33 else None, terms)
+        torch.testing.assert_close(phi[: len(expected)], expected)
+        assert not phi[len(expected) :].any()
     torch.testing.assert_close(out, partial.sum(0))
 
 

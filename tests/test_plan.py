@@ -47,7 +47,9 @@ class Interpreted:
 
 
 def _map(function, value):
-    return tuple(map(function, value)) if isinstance(value, tuple) else function(value)
+    if isinstance(value, tuple):
+        return tuple(_map(function, own) for own in value)
+    return function(value)
 
 
 def _pointed(value, dtype):

@@ -135,6 +135,8 @@ def _specialised(kernel: Any, arguments: dict[str, Any]) -> Launch:
 
 def _representative(value: Any) -> Any:
     """The smallest value that the compiler treats alike; a tensor by its dtype."""
+    if isinstance(value, tuple):
+        return tuple(map(_representative, value))
     if isinstance(value, torch.Tensor):
         return value.dtype
     if isinstance(value, float):
@@ -229,13 +231,17 @@ def _compile(work: tuple[Launch, Job, str, bool]) -> tuple[Launch, Row]:
 
 def _warmed_up(launch: Launch, arch: str) -> Any:
     _Driver.arch = arch
-    arguments = {
-        name: meta(0, of=value) if isinstance(value, torch.dtype) else value
-        for name, value in launch.arguments
-    }
+    arguments = {name: _argument(value) for name, value in launch.arguments}
     kernel = getattr(importlib.import_module(launch.module), launch.kernel)
     # The grid is no part of what is compiled.
     return kernel.warmup(grid=(1,), **arguments)
+
+
+def _argument(value: Any) -> Any:
+    """What a representative stands for."""
+    if isinstance(value, tuple):
+        return tuple(map(_argument, value))
+    return meta(0, of=value) if isinstance(value, torch.dtype) else value
 
 
 def _number(pattern: str, text: str) -> int:

@@ -40,6 +40,8 @@ MANY_TOKENS = ("tests/test_numerics.py::test_variants[triton-many tokens]",)
 CROSS = ("tests/test_numerics.py::test_triton_kernels[12-cross]",)
 WAYS = ("tests/test_plans.py::test_every_way",)
 SHARED = ("tests/test_shared_inputs.py::test_the_numeric_rule",)
+STACKED = ("tests/test_kernels.py::test_many_factors_and_a_sum_in_one_launch",)
+SUMS = ("tests/test_kernels.py::test_sums_of_few_and_of_more_parts_than_a_block_has",)
 SIBLINGS = ("tests/test_shared_inputs.py",)
 REQUESTED = ("tests/test_autograd.py::test_only_requested_gradients_and_the_same_ones",)
 OVERFLOW = (
@@ -55,10 +57,8 @@ _TABLE: dict[str, tuple[tuple[str, str, str, tuple[str, ...]], ...]] = {
     "kernels/pair_tiles.py": (
         ("circular offsets start at 1: no squares",
          "tl.maximum(block - 1, 0)", "tl.maximum(block, 0)", FACTORED),
-        ("members of a stack read the rows of the first",
-         "row = offs_k // LANES * R", "row = offs_k // LANES", SHARED),
-        ("the lanes that pad K hold pairs a second time", "live = lane < K", "live = lane < LANES",
-         CROSS),
+        ("the lanes that pad K hold pairs a second time", "live = offs_k < K",
+         "live = offs_k >= 0", CROSS),
         ("h is read and written by columns of the triangle",
          "index = low * (2 * R - 1 - 2 * FIRST - low) // 2 + high - FIRST",
          "index = high * (high + 1) // 2 + low", FACTORED),
@@ -107,7 +107,13 @@ _TABLE: dict[str, tuple[tuple[str, str, str, tuple[str, ...]], ...]] = {
         ("partial sums of a gradient are addressed in 32 bits",
          "split.to(tl.int64) * stride_df_split", "split * stride_df_split", FAR_SUMS),
     ),
+    "kernels/expand.py": (
+        ("members of a stack are written over each other",
+         "number * lanes, N", "0 * lanes, N", STACKED),
+    ),
     "kernels/project.py": (
+        ("members of a stack read the rows of the first",
+         "tl.where(member == other", "tl.where(member < 0", SHARED),
         ("s is left out of v, and so of dx and dA", "accs[piece] * scale", "accs[piece]", FACTORED),
         ("splits of the features overlap",
          "tl.minimum((split + 1) * n_per_split, N)", "N", WAYS),
@@ -119,9 +125,8 @@ _TABLE: dict[str, tuple[tuple[str, str, str, tuple[str, ...]], ...]] = {
     "kernels/reduce.py": (
         ("the last partial result is left out",
          "mask=(offs_p < parts)[:, None]", "mask=(offs_p < parts - 1)[:, None]", FACTORED),
-        ("partial results beyond the first 16 are left out",
-         "range(0, parts, BLOCK_P)", "range(0, tl.minimum(parts, BLOCK_P), BLOCK_P)",
-         ("tests/test_numerics.py::test_triton_kernels[64-full]",)),
+        ("partial results beyond the first block are left out",
+         "range(0, parts, BLOCK_P)", "range(0, tl.minimum(parts, BLOCK_P), BLOCK_P)", SUMS),
     ),
     "kernels/tiles.py": (
         ("the last, shorter split is not launched",

@@ -101,7 +101,7 @@ class Operands:
         factor = {
             "A": lambda: self.a,
             "B": lambda: self.b,
-            "A of 3": lambda: Factor(torch.cat([A] * 3), None, r, terms, 3),
+            "A of 3": lambda: Factor(A, None, r, terms, (A, A)),
             "memory": lambda: in_memory(self.phi_a),
         }[source]()
         u = x.new_empty(len(x), factor.lanes)

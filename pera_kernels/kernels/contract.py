@@ -107,7 +107,7 @@ def contract_kernel(
     at_n = offs_n[None, :] * stride_f_n
     for piece in tl.static_range(PIECES):
         offs_k = first_lane + piece * BLOCK_K + tl.arange(0, BLOCK_K)
-        i, j, is_pair, live = pair_lanes(offs_k, R, K, LANES, 1, FIRST)
+        i, j, is_pair, live = pair_lanes(offs_k, R, K, FIRST)
         live = live & (offs_k < lanes)
         is_pair = is_pair & live
         acc = accs[piece] * scale

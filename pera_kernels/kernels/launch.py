@@ -103,21 +103,25 @@ NO_DROPOUT = Dropout(0.0, None)
 
 @dataclass(frozen=True)
 class Factor:
-    """A factor ``(members · r, N)`` of any strides (``A``, or ``B.t()``) that a kernel expands, and
-    its coefficients h ``(members · L,)`` or None. Several members are adapters of one rank, one
-    below the other.
+    """A factor ``(r, N)`` of any strides (``A``, or ``B.t()``) that a kernel expands, and its
+    coefficients h ``(L,)`` or None. Without coefficients there may be ``others`` of its shape and
+    dtype, whose lanes stand below its own.
     """
 
     rows: torch.Tensor
     h: torch.Tensor | None
     r: int
     terms: Terms
-    members: int = 1
+    others: tuple[torch.Tensor, ...] = ()
+
+    @property
+    def members(self) -> tuple[torch.Tensor, ...]:
+        return self.rows, *self.others
 
     @property
     def lanes(self) -> int:
         """How many lanes the expansion has, with the unused ones that pad each member's."""
-        return self.members * lane_count(self.r, self.terms)
+        return len(self.members) * lane_count(self.r, self.terms)
 
     def constants(self) -> dict[str, object]:
         return {

@@ -136,17 +136,18 @@ def _forward(tensors: Tensors, options: Options) -> list[torch.Tensor]:
                     y.copy_(base_out)
             u.zero_()
             return ys + us
-        stack = Factor(_stack([A for A, _, _ in adapters]), None, r, terms, len(bases))
+        first, *others = (A for A, _, _ in adapters)
+        stack = Factor(first, None, r, terms, tuple(others))
         backs = [Factor(B.t(), _dense(h), r, terms) for _, B, h in adapters]
         phis: list[torch.Tensor] = []
         if T >= EXPANDED_TOKENS:
-            *phis, phi_stack = _expand_all([*backs, stack], x.dtype)
+            *phis, phi_stack = expand([*backs, stack], dtype=x.dtype)
             stack = in_memory(phi_stack)
         pending = project(x, stack, out=u, dropout=Dropout(options.dropout_p, seed))
         if phis:
             _finish(pending)
         else:
-            phis = _expand_all(backs, x.dtype, pending)
+            phis = expand(backs, pending, dtype=x.dtype)
         for base, (base_out, y), own, phi in zip(bases, starts, us, phis, strict=True):
             accumulate(base_out, own, phi, out=y, scale=options.scale)
             if _comes_last(base.weight, x):
@@ -183,7 +184,7 @@ def _backward(tensors: Tensors, options: Options, needs: Sequence[bool]) -> list
         if adds or need_A:
             v, phi_a = dy.new_empty(dy.shape[0], lanes), None
             if dy.shape[0] >= EXPANDED_TOKENS:
-                phi_b, phi_a = _expand_all([bare_b, a], dy.dtype)
+                phi_b, phi_a = expand([bare_b, a], dtype=dy.dtype)
                 bare_b = in_memory(phi_b)
             # s v is rounded, as autograd does to the reference: a small v underflows in float16.
             pending = project(dy, bare_b, out=v, scale=options.scale)
@@ -191,7 +192,7 @@ def _backward(tensors: Tensors, options: Options, needs: Sequence[bool]) -> list
                 _finish(pending)
             if adds:
                 if phi_a is None:
-                    (phi_a,) = _expand_all([a], dy.dtype, pending)
+                    (phi_a,) = expand([a], pending, dtype=dy.dtype)
                 accumulate(onto, v, phi_a, out=dx, scale=1.0, dropout=dropout)
                 if last:
                     dx.addmm_(dy, weight)
@@ -235,7 +236,7 @@ def _delta_backward(
     a, b = Factor(A, _dense(h), r, terms), Factor(B.t(), _dense(h), r, terms)
     with on_device(G.device):
         bare = [Factor(B.t(), None, r, terms), Factor(A, None, r, terms)]
-        phi_b, phi_a = _expand_all(bare, G.dtype)
+        phi_b, phi_a = expand(bare, dtype=G.dtype)
         sums = []
         if need_A or need_h:
             df, dh_out = dA if need_A else None, dh if need_h else None
@@ -252,19 +253,8 @@ def _compose(
     """base + ΔW in ``dtype``."""
     (A, B, h), r, terms = adapter, adapter.A.shape[0], options.terms
     b, a = Factor(B.t(), _dense(h), r, terms), Factor(A, None, r, terms)
-    phi_b, phi_a = _expand_all([b, a], dtype)
+    phi_b, phi_a = expand([b, a], dtype=dtype)
     return compose(base, phi_b, phi_a, scale=options.scale)
-
-
-def _expand_all(
-    factors: Sequence[Factor], dtype: torch.dtype, pending: Sum | None = None
-) -> list[torch.Tensor]:
-    """φ of every factor, two in a launch, the first with a pending sum."""
-    phis: list[torch.Tensor] = []
-    for start in range(0, len(factors), 2):
-        phis += expand(factors[start : start + 2], pending, dtype=dtype)
-        pending = None
-    return phis
 
 
 def _finish(pending: Sum | None) -> None:
@@ -305,10 +295,6 @@ def _start(x: torch.Tensor, base: Base) -> tuple[torch.Tensor | None, torch.Tens
 
 def _dense(h: torch.Tensor | None) -> torch.Tensor | None:
     return None if h is None else h.contiguous()
-
-
-def _stack(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
-    return tensors[0] if len(tensors) == 1 else torch.cat(list(tensors))
 
 
 def _gradients(

@@ -10,55 +10,37 @@ import triton.language as tl
 
 
 @triton.jit
-def pair_lanes(
-    offs_k,
-    R: tl.constexpr,
-    K: tl.constexpr,
-    LANES: tl.constexpr,
-    MEMBERS: tl.constexpr,
-    FIRST: tl.constexpr,
-):
+def pair_lanes(offs_k, R: tl.constexpr, K: tl.constexpr, FIRST: tl.constexpr):
     """Lane k -> (i, j, is_pair, live): φ[k] = f_i, or f_i ∘ f_j where is_pair, or 0 unless live.
 
-    A stack of MEMBERS factors of R rows each has LANES lanes for each, the last of them unused:
-    K of them are live. i and j are rows of the stack. Blocks of pairs start with the circular
-    offset FIRST; there are none if K is R.
+    Blocks of pairs start with the circular offset FIRST; there are none if K is R.
     """
-    if MEMBERS == 1:
-        lane = offs_k
-        row = 0
-    else:
-        lane = offs_k % LANES
-        row = offs_k // LANES * R
-    live = lane < K
+    live = offs_k < K
     if K == R:
-        i = row + lane
+        i = offs_k
         j = i
-        is_pair = lane < 0
+        is_pair = offs_k < 0
     else:
-        block = lane // R
-        i = lane % R
+        block = offs_k // R
+        i = offs_k % R
         is_pair = (block > 0) & live
         j = (i + FIRST + tl.maximum(block - 1, 0)) % R
-        i += row
-        j += row
     return i, j, is_pair, live
 
 
 @triton.jit
 def coefficient_index(i, j, R: tl.constexpr, K: tl.constexpr, FIRST: tl.constexpr):
-    """Where the coefficient of the pair {i, j} stands in a stack of h, each in the public order
-    (row-major upper triangular).
+    """Where the coefficient of the pair {i, j} stands in h, in the public order (row-major upper
+    triangular).
     """
-    member = i // R
-    low = tl.minimum(i, j) - member * R
-    high = tl.maximum(i, j) - member * R
+    low = tl.minimum(i, j)
+    high = tl.maximum(i, j)
     if FIRST == 0 and K == 2 * R:
         # Squares only.
         index = low
     else:
         index = low * (2 * R - 1 - 2 * FIRST - low) // 2 + high - FIRST
-    return member * (K - R) + index
+    return index
 
 
 @triton.jit

@@ -16,14 +16,13 @@ __all__ = ["project"]
 @triton.jit
 def project_kernel(
     x_ptr,
-    f_ptr,
+    f_ptrs,
     seed_ptr,
     u_ptr,
     drop_threshold,
     scale,
     T,
     N,
-    lanes,
     n_per_split,
     stride_x_t,
     stride_x_n,
@@ -34,7 +33,6 @@ def project_kernel(
     R: tl.constexpr,
     K: tl.constexpr,
     LANES: tl.constexpr,
-    MEMBERS: tl.constexpr,
     FIRST: tl.constexpr,
     HAS_DROPOUT: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -45,16 +43,22 @@ def project_kernel(
 ):
     """u = scale · x̂ φ(f)ᵀ, without the coefficients; x̂ is x with the dropped elements zero.
 
-    x (T, N), f (MEMBERS · R, N) -> u (T, lanes) in circular order, zero in unused lanes. A program
-    holds PIECES accumulators of BLOCK_K lanes, so that x is read once for all of them. With several
-    splits along N each writes its partial sum to u[split] in float32. Accumulates and scales in
-    float32; φ is rounded once to the dtype of x.
+    x (T, N), every f (R, N) -> u (T, LANES for each f) in circular order, zero in unused lanes. A
+    program holds PIECES accumulators of BLOCK_K lanes, so that x is read once for all of them. With
+    several splits along N each writes its partial sum to u[split] in float32. Accumulates and
+    scales in float32; φ is rounded once to the dtype of x.
     """
     # The lane blocks of a token block are neighbours in launch order: they share x through the L2.
-    blocks_k = tl.cdiv(lanes, PIECES * BLOCK_K)
-    block_t = tl.program_id(0) // blocks_k
-    first_lane = tl.program_id(0) % blocks_k * (PIECES * BLOCK_K)
+    blocks_k = tl.cdiv(LANES, PIECES * BLOCK_K)
+    members: tl.constexpr = len(f_ptrs)
+    block_k = tl.program_id(0) % (members * blocks_k)
+    block_t = tl.program_id(0) // (members * blocks_k)
+    first_lane = block_k % blocks_k * (PIECES * BLOCK_K)
     split = tl.program_id(1)
+    member = block_k // blocks_k
+    f_ptr = f_ptrs[0]
+    for other in tl.static_range(1, members):
+        f_ptr = tl.where(member == other, f_ptrs[other], f_ptr)
 
     offs_t = block_t.to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
     mask_t = offs_t < T
@@ -76,8 +80,7 @@ def project_kernel(
         sums = ()
         for piece in tl.static_range(PIECES):
             offs_k = first_lane + piece * BLOCK_K + tl.arange(0, BLOCK_K)
-            i, j, is_pair, live = pair_lanes(offs_k, R, K, LANES, MEMBERS, FIRST)
-            live = live & (offs_k < lanes)
+            i, j, is_pair, live = pair_lanes(offs_k, R, K, FIRST)
             phi = load_phi(
                 f_ptr,
                 i[None, :],
@@ -94,10 +97,11 @@ def project_kernel(
 
     for piece in tl.static_range(PIECES):
         offs_k = first_lane + piece * BLOCK_K + tl.arange(0, BLOCK_K)
+        at_k = (member * LANES + offs_k)[None, :]
         tl.store(
-            u_ptr + split * stride_u_split + offs_t[:, None] * stride_u_t + offs_k[None, :],
+            u_ptr + split * stride_u_split + offs_t[:, None] * stride_u_t + at_k,
             round_to(accs[piece] * scale, u_ptr.dtype.element_ty),
-            mask=mask_t[:, None] & (offs_k < lanes)[None, :],
+            mask=mask_t[:, None] & (offs_k < LANES)[None, :],
         )
 
 
@@ -114,15 +118,19 @@ def project(
 
     Where x was split along N, ``out`` is incomplete until the returned sum has run.
     """
-    rows, lanes = addressable(factor.rows), factor.lanes
-    T, N = x.shape
+    members = tuple(map(addressable, factor.members))
+    (T, N), rows, lanes = x.shape, members[0], factor.lanes
+    if any(own.stride() != rows.stride() for own in members):
+        members = tuple(own.contiguous() for own in members)
+        rows = members[0]
+    own_lanes = lanes // len(members)
     kernel = "project_expanded" if factor.terms == "linear" else "project"
     tile = tiles.tile_for(kernel, x.device, x.dtype, rows.dtype)
-    block_t, block_k = tiles.shrink(tile.block_t, T), tiles.shrink(tile.block_k, lanes)
+    block_t, block_k = tiles.shrink(tile.block_t, T), tiles.shrink(tile.block_k, own_lanes)
     # One block of tokens is read again from the cache at once: more programs win then.
     blocks_t = blocks(T, block_t)
-    pieces = tiles.pieces(lanes, block_k, tile.pieces if blocks_t > 1 else 1)
-    programs = blocks_t * blocks(lanes, pieces * block_k)
+    pieces = tiles.pieces(own_lanes, block_k, tile.pieces if blocks_t > 1 else 1)
+    programs = blocks_t * len(members) * blocks(own_lanes, pieces * block_k)
     wanted = tiles.processor_count(x.device) // programs
     splits, n_per_split = tiles.split(N, wanted, 2 * tile.block_n)
     partial = None if splits == 1 else x.new_empty((splits, T, lanes), dtype=torch.float32)
@@ -131,12 +139,11 @@ def project(
         project_kernel,
         (programs, splits),
         x_ptr=x,
-        f_ptr=rows,
+        f_ptrs=members,
         u_ptr=target,
         scale=scale * dropout.keep_scale,
         T=T,
         N=N,
-        lanes=lanes,
         n_per_split=n_per_split,
         stride_x_t=x.stride(0),
         stride_x_n=x.stride(1),
@@ -149,7 +156,6 @@ def project(
         BLOCK_T=block_t,
         BLOCK_N=tile.block_n,
         BLOCK_K=block_k,
-        MEMBERS=factor.members,
         **factor.constants(),
         **tile.options(),
         **dropout.arguments(),
