@@ -15,7 +15,14 @@ from torch.autograd.function import once_differentiable
 from .backends import implementation
 from .operands import Base, Factors, Saved, tokens
 
-__all__ = ["DeltaWeight", "PeraFunction", "autocast_dtype", "without_autocast"]
+__all__ = [
+    "DeltaWeight",
+    "Onto",
+    "PeraFunction",
+    "SharedInput",
+    "autocast_dtype",
+    "without_autocast",
+]
 
 
 def autocast_dtype(device_type: str) -> torch.dtype | None:
@@ -63,14 +70,68 @@ def _wanted(gradients: Any, needs: tuple[bool, ...]) -> list[torch.Tensor | None
     return [g if need else None for g, need in zip(gradients, needs, strict=True)]
 
 
+class Onto:
+    """The gradient of an x that several layers share: in a backward pass each adds its part to what
+    the ones before it returned, in place.
+    """
+
+    def __init__(self) -> None:
+        # By backward pass: the sum, and how many layers it is of.
+        self._sums: dict[int, tuple[torch.Tensor, int]] = {}
+
+    def sum(self) -> torch.Tensor | None:
+        """``(T, N)``; None where this pass has come to none of the layers."""
+        dx, _ = self._sums.get(torch._C._current_graph_task_id(), (None, 0))
+        return dx
+
+    def add(self, dx: torch.Tensor) -> None:
+        """One more layer has its part in ``dx``."""
+        now = torch._C._current_graph_task_id()
+        _, count = self._sums.get(now, (None, 0))
+        self._sums[now] = dx, count + 1
+        if count == 0:
+            end = functools.partial(self._end, now)
+            torch.autograd.Variable._execution_engine.queue_callback(end)
+
+    def _end(self, ended: int) -> None:
+        del self._sums[ended]
+
+    def holds(self, parts: list[torch.Tensor]) -> bool:
+        """Whether these, which this pass has brought to x, are all of the sum and nothing else."""
+        dx, count = self._sums[torch._C._current_graph_task_id()]
+        return len(parts) == count and all(part.data_ptr() == dx.data_ptr() for part in parts)
+
+
+class SharedInput(torch.autograd.Function):
+    """x once for each of several layers, whose parts of its gradient are added up in ``onto``."""
+
+    @staticmethod
+    def forward(ctx, x, count, onto):
+        ctx.onto = onto
+        ctx.set_materialize_grads(False)
+        return tuple(x.detach() for _ in range(count))
+
+    @staticmethod
+    def backward(ctx, *gradients):
+        parts = [part for part in gradients if part is not None]
+        if not ctx.onto.holds(parts):
+            raise RuntimeError(
+                "a hook on the grad_fn of an adapted layer's output replaced the gradient of an "
+                "input that it shares with other layers; pera_kernels.shared_inputs(model, ()) "
+                "makes layers compute apart"
+            )
+        return parts[0], None, None
+
+
 class PeraFunction(torch.autograd.Function):
     """y = x W0ᵀ + bias + s · (x̂ φ(A)ᵀ ∘ c) φ(B)ᵀ on a frozen dense weight (Eq. 9), or, where
     ``weight`` is None, out + s · (…), where ``out`` came from a base layer that differentiates
     itself.
 
     x ``(..., N)``, out ``(..., M)``, A ``(R, N)``, B ``(M, R)``, h ``(L,)`` or None -> ``(T, M)``.
-    ``computed`` is (y, u) where the forward was computed already, together with other layers on the
-    same x; each layer has a node of its own, so that gradients flow as they do for layers apart.
+    ``computed`` is (y, u, onto) where the forward was computed already, together with other layers
+    on the same x; each layer has a node of its own, so that gradients flow as they do for layers
+    apart, but dx is added to ``onto`` if there is one.
     Keeps x only for dA (and where u has to be made again), u ``(T, K)`` only for dB and dh, and the
     parameters.
     """
@@ -81,8 +142,9 @@ class PeraFunction(torch.autograd.Function):
             base = rows_of(Base(weight, bias, out), x.dtype)
             backend = implementation(options.backend)
             (y,), (u,) = backend.forward(tokens(x), [base], [Factors(A, B, h)], seed, options)
+            ctx.onto = None
         else:
-            y, u = computed
+            y, u, ctx.onto = computed
         need_A, need_B, need_h = ctx.needs_input_grad[4:7]
         need_u, composed = need_B or need_h, options.plan == "composed"
         keep_x = need_A or (need_u and composed)
@@ -102,7 +164,11 @@ class PeraFunction(torch.autograd.Function):
             saved = Saved(rows, u, _cast(weight, dy.dtype), Factors(A, B, h), seed)
             backend = implementation(ctx.options.backend)
             with without_autocast(dy.device.type):
-                gradients = backend.backward(dy, saved, ctx.options, needs)
+                if ctx.onto is not None and needs[0]:
+                    gradients = backend.backward(dy, saved, ctx.options, needs, ctx.onto.sum())
+                    ctx.onto.add(gradients[0])
+                else:
+                    gradients = backend.backward(dy, saved, ctx.options, needs)
         dx, dA, dB, dh = _wanted(gradients, needs)
         dx = None if dx is None else dx.view(ctx.shape)
         dout = dy.view(*ctx.shape[:-1], dy.shape[1]) if ctx.needs_input_grad[3] else None

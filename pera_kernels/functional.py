@@ -9,7 +9,15 @@ import torch
 from torch.autograd import forward_ad
 
 from . import checks, reference, torch_backend
-from .autograd import DeltaWeight, PeraFunction, autocast_dtype, rows_of, without_autocast
+from .autograd import (
+    DeltaWeight,
+    Onto,
+    PeraFunction,
+    SharedInput,
+    autocast_dtype,
+    rows_of,
+    without_autocast,
+)
 from .backends import implementation, resolve
 from .dropout import draw_seed
 from .operands import Base, Factors, Options, tokens
@@ -104,10 +112,13 @@ def apply_together(
         rows = [rows_of(base, x.dtype) for base in bases]
         backend = implementation(options.backend)
         ys, us = backend.forward(tokens(x), rows, adapters, None, options)
-
+    # float16 and float32 add gradients as they do for layers apart, see the kernels' ops.
+    adds = options.backend == "triton" and x.dtype == torch.bfloat16
+    onto = Onto() if adds and x.requires_grad and torch.is_grad_enabled() else None
+    xs = [x] * len(pairs) if onto is None else SharedInput.apply(x, len(pairs), onto)
     return [
-        partial(_finish, x, pair, options, computed)
-        for pair, computed in zip(pairs, zip(ys, us, strict=True), strict=True)
+        partial(_finish, own, pair, options, (y, u, onto))
+        for own, pair, y, u in zip(xs, pairs, ys, us, strict=True)
     ]
 
 
@@ -115,7 +126,7 @@ def _finish(
     x: torch.Tensor,
     pair: tuple[Base, Factors],
     options: Options,
-    computed: tuple[torch.Tensor, torch.Tensor],
+    computed: tuple[torch.Tensor, torch.Tensor, Onto | None],
 ) -> torch.Tensor:
     base, adapter = pair
     return _shaped(PeraFunction.apply(x, *base, *adapter, None, options, computed), x)

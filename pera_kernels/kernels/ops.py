@@ -67,16 +67,13 @@ def backward(
 ) -> Gradients:
     """(dx, dA, dB, dh) of one layer, those of ``needs``, from dy ``(T, M)``; the others are empty.
 
-    dx is the adapter's part alone where there is no dense weight. In bfloat16 it is added to
-    ``onto``, the gradient ``(T, N)`` of other layers on the same x, if there is one.
+    dx is the adapter's part alone where there is no dense weight. It is added in place to ``onto``
+    ``(T, N)``, the gradient of other layers on the same x, if there is one.
     """
     (x, u, weight, adapter, seed), o = saved, options
     if _traced(dy, x, u, weight, *adapter):
         rest = (o.scale, o.terms, o.dropout_p, o.plan == "composed", list(needs))
         return backward_op(dy, x, u, weight, *adapter, seed, *rest)
-    if dy.dtype != torch.bfloat16:
-        # Elsewhere sums are rounded, and float16 overflows, as they do for layers apart.
-        onto = None
     tensors = [dy, x, u, weight, *adapter, seed, onto]
     dx, dA, dB, dh = run(_backward, tensors, options, tuple(needs))
     return dx, dA, dB, dh
@@ -164,8 +161,9 @@ def _backward(tensors: Tensors, options: Options, needs: Sequence[bool]) -> list
     need_x, need_A, need_B, need_h = needs
     dA, dB, dh = _gradients(dy, adapter, needs[1:])
     if dy.numel() == 0 or A.shape[1] == 0:
-        dx = dy.new_zeros((dy.shape[0], A.shape[1]) if need_x else 0)
-        return [dx, dA.zero_(), dB.zero_(), dh.zero_()]
+        if onto is None:
+            onto = dy.new_zeros((dy.shape[0], A.shape[1]) if need_x else 0)
+        return [onto, dA.zero_(), dB.zero_(), dh.zero_()]
     need_h = need_h and dh.numel() > 0
     lanes = lane_count(r, terms)
     dropout = Dropout(options.dropout_p, seed)
