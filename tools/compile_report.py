@@ -47,6 +47,7 @@ __all__ = [
     "distinct",
     "here",
     "launches_of",
+    "specialised",
     "tiles_of",
 ]
 
@@ -62,6 +63,7 @@ SHARED_LIMIT = {
 # Multiprocessors of a large GPU: an H200.
 PROCESSORS = 132
 TENSOR_CORE = re.compile(r"\b(wgmma\.mma_async|mma\.sync|tcgen05\.mma|v_mfma_\w+)\b")
+BARRIER = re.compile(r"\b(?:bar|barrier)(?:\.cta)?\.(?:sync|red)|\bs_barrier\b")
 # Half-precision products on tensor cores, told apart from the tf32 ones of the contraction.
 HALF_DOT = re.compile(
     r"(wgmma\.mma_async|mma\.sync)\S*\.b?f16\.b?f16|tcgen05\.mma\S*kind::f16|v_mfma_f32\w+_b?f16"
@@ -93,6 +95,7 @@ class Row:
     shared_bytes: int = 0
     shared_limit: int = 0
     tensor_core: int = 0
+    barriers: int = 0
     problem: str = ""
     loop: Count | None = None
     rest: Count | None = None
@@ -120,10 +123,10 @@ def launches_of(operands: Operands) -> list[Launch]:
     """What a job launches, on tensors of the device "meta"."""
     with recorded() as calls:
         operands.call()
-    return [_specialised(own.kernel, own.arguments) for own in calls]
+    return [specialised(own.kernel, own.arguments) for own in calls]
 
 
-def _specialised(kernel: Any, arguments: dict[str, Any]) -> Launch:
+def specialised(kernel: Any, arguments: dict[str, Any]) -> Launch:
     # Launch options are no parameters, and as constant as those declared so.
     varying = {parameter.name for parameter in kernel.params if not parameter.is_constexpr}
     kept = tuple(
@@ -223,6 +226,7 @@ def _compile(work: tuple[Launch, Job, str, bool]) -> tuple[Launch, Row]:
         shared_bytes=shared,
         shared_limit=limit,
         tensor_core=len(TENSOR_CORE.findall(text)),
+        barriers=len(BARRIER.findall(text)),
         problem="; ".join(problems),
         loop=loop,
         rest=rest,
