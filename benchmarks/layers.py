@@ -120,6 +120,8 @@ def measure_phase(
     for name, own in timings.items():
         host = timing.host_us(calls[name][0], device)
         ratio = {"ratio_to_frozen": own.ratio_to(frozen), "host_us": host}
+        if own.eager is not None and frozen.eager is not None:
+            ratio["eager_ratio_to_frozen"] = own.eager.ratio_to(frozen.eager)
         found[name] = {**own.keys(), **ratio, **memories[name]}
     return found
 

@@ -52,6 +52,9 @@ def load(pattern: str) -> list[pd.DataFrame]:
     if not found:
         return []
     frame = latest(pd.DataFrame(found))
+    # No row of a CPU has these.
+    columns = frame.columns.union(["eager_ms", "eager_ratio_to_frozen"], sort=False)
+    frame = frame.reindex(columns=columns)
     return [own for _, own in frame.groupby("device", sort=False)]
 
 
@@ -80,7 +83,21 @@ def shown(frame: pd.DataFrame, phase: str) -> pd.DataFrame:
 
 
 def _cells(frame: pd.DataFrame) -> list[str]:
-    return [f"{row.ratio_to_frozen:.2f} ({row.median_ms:.3g})" for row in frame.itertuples()]
+    """Ratio and milliseconds; where there are eager times, those behind them."""
+    cells = []
+    for row in frame.itertuples():
+        cell = f"{row.ratio_to_frozen:.2f} ({row.median_ms:.3g})"
+        if pd.notna(row.eager_ms):
+            cell += f", eager {row.eager_ratio_to_frozen:.2f} ({row.eager_ms:.3g})"
+        cells.append(cell)
+    return cells
+
+
+def _eager(frame: pd.DataFrame) -> str:
+    """What a caption says of them."""
+    if frame.eager_ms.isna().all():
+        return ""
+    return " Times are of CUDA graphs; eager: of the same calls, issued one by one."
 
 
 def across(frame: pd.DataFrame, index: str, cells: Sequence[str]) -> str:
@@ -102,7 +119,7 @@ def ratios(frame: pd.DataFrame, phase: str) -> str:
     first = frame.iloc[0]
     return (
         f"{across(frame, 'contender', _cells(frame))}\n\n{what}, {first.n}→{first.m}, r=16: ratio "
-        "to the frozen linear layer in the same rounds (median ms in brackets). "
+        f"to the frozen linear layer in the same rounds (median ms in brackets).{_eager(frame)} "
         f"{conditions(frame)}."
     )
 
@@ -120,10 +137,13 @@ def kernels() -> str:
         if not frame.empty:
             frame = frame.assign(kernel=frame.contender.str.removeprefix("kernel:"))
             cells = [
-                f"{1e3 * r.median_ms:.1f} ({r.roofline_share:.0%})" for r in frame.itertuples()
+                f"{1e3 * r.median_ms:.1f} ({r.roofline_share:.0%})"
+                + f", eager {1e3 * r.eager_ms:.1f}" * pd.notna(r.eager_ms)
+                for r in frame.itertuples()
             ]
             caption = "4096→4096, r=16: microseconds (share of the roofline in brackets)."
-            parts.append(f"{across(frame, 'kernel', cells)}\n\n{caption} {conditions(frame)}.")
+            caption += f"{_eager(frame)} {conditions(frame)}."
+            parts.append(f"{across(frame, 'kernel', cells)}\n\n{caption}")
     return "\n\n".join(parts) or NOT_MEASURED
 
 
@@ -144,8 +164,9 @@ def decoder() -> str:
             table["kept for the backward, MiB"] = step.saved_mib.map("{:.1f}".format)
             caption = (
                 f"hidden {n}, intermediate {m}, {size}; adapters on {', '.join(TARGETS)}, r={r}, "
-                f"{dtype}: ratio to the frozen layer (median ms in brackets). A training step is "
-                f"forward, backward and AdamW on the adapters. {conditions(frame)}."
+                f"{dtype}: ratio to the frozen layer (median ms in brackets).{_eager(frame)} A "
+                f"training step is forward, backward and AdamW on the adapters. "
+                f"{conditions(frame)}."
             )
             parts.append(f"{markdown(table.reset_index(), 2)}\n\n{caption}")
     return "\n\n".join(parts) or "Not measured."

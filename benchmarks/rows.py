@@ -101,6 +101,8 @@ def line(row: Row) -> str:
     for key, form, unit in (
         ("median_ms", "9.4f", "ms"),
         ("ratio_to_frozen", "6.3f", "x frozen"),
+        ("eager_ms", "9.4f", "ms eager"),
+        ("eager_ratio_to_frozen", "6.3f", "x frozen"),
         ("peak_mib", "9.1f", "MiB peak"),
         ("tflops", "7.2f", "TFLOP/s"),
         ("gbps", "7.1f", "GB/s"),

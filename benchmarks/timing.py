@@ -27,9 +27,13 @@ Name = TypeVar("Name", bound=Hashable)
 CACHE_MULTIPLE = 3
 MAX_SETS = 40
 CPU_CACHE_BYTES = 32 * 2**20
-# A sample is so many calls, or as many as take so long.
-CALLS = {"cuda": 40, "cpu": 100}
-SAMPLE_MS = {"cuda": 20.0, "cpu": 2.0}
+# On a GPU a sample is so many calls, in whole rotations, unless MIN_ROUNDS of them, all contenders
+# together, would take longer than the budget.
+GPU_CALLS = 40
+GPU_BUDGET_S = 30.0
+# On a CPU it is so many calls, or as many as take so long.
+CPU_CALLS = 100
+CPU_SAMPLE_MS = 2.0
 # A call that takes this long on a CPU fills the cache with its own in a small part of it.
 SWEEP_BELOW_MS = 50.0
 # Where calls are slow there are fewer rounds: timing stops after so long, but not before there are
@@ -41,11 +45,17 @@ HOST_REPEATS = 15
 
 @dataclass
 class Timing:
-    """Milliseconds per call by round; ``graph`` if a CUDA graph was replayed."""
+    """Milliseconds per call by round; ``graph`` if a CUDA graph was replayed.
+
+    On a GPU ``eager`` has the times of the same number of calls, issued one by one, and is this
+    very object where there is no graph.
+    """
 
     graph: bool = False
+    calls: int = 0
     note: str = ""
     samples: list[float] = field(default_factory=list)
+    eager: Timing | None = field(default=None, repr=False, compare=False)
 
     @property
     def median(self) -> float:
@@ -55,6 +65,8 @@ class Timing:
         """The keys of a row that say what was timed; spread is by the 20th and 80th percentile."""
         fifths = statistics.quantiles(self.samples, n=5, method="inclusive")
         times = {"median_ms": self.median, "p20_ms": fifths[0], "p80_ms": fifths[3]}
+        if self.eager is not None:
+            times |= {"eager_ms": self.eager.median, "calls": self.calls}
         return {**times, "graph": self.graph, "rounds": len(self.samples), "note": self.note}
 
     def ratio_to(self, other: Timing) -> float:
@@ -90,18 +102,29 @@ def _synchronize(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def _calls_per_sample(calls: Sequence[Call], device: torch.device) -> int:
-    """As many whole rotations as fill a sample, by how long these warm calls take."""
+def _calls_per_sample(
+    calls: Mapping[Name, Sequence[Call]], device: torch.device
+) -> tuple[int, str]:
+    """The same number of warm calls for everybody, and a note if a budget makes it smaller."""
     if interpreting():
         # A dry run, whose kernels take a thousand times as long.
-        return 1
+        return 1, ""
+    own = next(iter(calls.values()))
     _synchronize(device)
     start = time.perf_counter()
-    _run(itertools.cycle(calls), 3)
+    _run(itertools.cycle(own), 3)
     _synchronize(device)
     milliseconds = (time.perf_counter() - start) * 1e3 / 3
-    count = max(1, min(CALLS[device.type], math.ceil(SAMPLE_MS[device.type] / milliseconds)))
-    return count if device.type == "cpu" else math.ceil(count / len(calls)) * len(calls)
+    if device.type == "cpu":
+        return max(1, min(CPU_CALLS, math.ceil(CPU_SAMPLE_MS / milliseconds))), ""
+    rotations = math.ceil(GPU_CALLS / len(own))
+    # A graph is replayed twice for a sample, and the eager calls follow. Only milliseconds of a
+    # call reach the budget, and the host hardly slows such a call down.
+    seconds = 3 * rotations * len(own) * milliseconds / 1e3 * len(calls) * MIN_ROUNDS
+    if seconds <= GPU_BUDGET_S:
+        return rotations * len(own), ""
+    count = max(1, int(rotations * GPU_BUDGET_S / seconds)) * len(own)
+    return count, f"{count} calls in a sample: {rotations * len(own)} would take {seconds:.0f} s"
 
 
 def _cpu_sampler(rotation: Iterator[Call], count: int) -> Callable[[], float]:
@@ -120,12 +143,12 @@ def _cpu_sampler(rotation: Iterator[Call], count: int) -> Callable[[], float]:
     return sample
 
 
-def _cuda_sampler(run: Call, count: int) -> Callable[[], float]:
+def _cuda_sampler(run: Call, count: int, before: Call) -> Callable[[], float]:
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
 
     def sample() -> float:
-        # One run that is not timed keeps the GPU busy while the timed one is launched.
-        run()
+        # What is not timed keeps the GPU busy while the first timed call is launched.
+        before()
         start.record()
         run()
         end.record()
@@ -151,32 +174,36 @@ def time_calls(
 ) -> dict[Name, Timing]:
     """Time the calls of every name, taken in rotation, for so many rounds.
 
-    A sample is the same number of calls for everybody: as many as the first name needs to fill it.
-    On a GPU they are replayed as a CUDA graph, but for those in ``eager`` and for calls that cannot
-    be captured, whose ``note`` says so.
+    A sample is the same number of calls for everybody. On a GPU they are replayed as a CUDA graph,
+    and timed again as Python issues them. Those in ``eager`` have no graph, nor have calls that
+    cannot be captured, whose ``note`` says so.
     """
     for own in calls.values():
         _run(itertools.cycle(own), 1 if interpreting() else max(3, len(own)))
-    count = _calls_per_sample(next(iter(calls.values())), device)
-    timings = {name: Timing() for name in calls}
-    samplers: dict[Name, Callable[[], float]] = {}
+    count, note = _calls_per_sample(calls, device)
+    timings = {name: Timing(calls=count, note=note) for name in calls}
+    samplers: list[tuple[Timing, Callable[[], float]]] = []
     turn = itertools.count()
     for name, own in calls.items():
         # All contenders draw on one counter: nobody is handed what the one before just read.
         rotation = (own[next(turn) % len(own)] for own in itertools.repeat(own))
+        timing = timings[name]
         if device.type == "cpu":
-            samplers[name] = _cpu_sampler(rotation, count)
+            samplers.append((timing, _cpu_sampler(rotation, count)))
             continue
-        run: Call = functools.partial(_run, rotation, count)
+        timing.eager = timing
         if name not in eager:
             try:
-                run = _captured(own, count).replay
+                replay = _captured(own, count).replay
             except RuntimeError as error:
-                timings[name].note = f"no CUDA graph: {error!r}".splitlines()[0]
+                reason = f"no CUDA graph: {error!r}".splitlines()[0]
+                timing.note = "; ".join(filter(None, (note, reason)))
             else:
-                timings[name].graph = True
-        samplers[name] = _cuda_sampler(run, count)
-    _rounds(timings, samplers, rounds)
+                timing.graph, timing.eager = True, Timing()
+                samplers.append((timing, _cuda_sampler(replay, count, replay)))
+        run, first = (functools.partial(_run, rotation, size) for size in (count, len(own)))
+        samplers.append((timing.eager, _cuda_sampler(run, count, first)))
+    _rounds(samplers, rounds)
     return timings
 
 
@@ -185,9 +212,7 @@ def _run(calls: Iterable[Call], count: int) -> None:
         call()
 
 
-def _rounds(
-    timings: Mapping[Name, Timing], samplers: Mapping[Name, Callable[[], float]], rounds: int
-) -> None:
+def _rounds(samplers: Sequence[tuple[Timing, Callable[[], float]]], rounds: int) -> None:
     order, shuffle = list(samplers), random.Random(0).shuffle
     gc.collect()
     gc.disable()
@@ -199,8 +224,8 @@ def _rounds(
                 break
             # Nobody always follows the same one, whose traces differ from another's.
             shuffle(order)
-            for name in order:
-                timings[name].samples.append(samplers[name]())
+            for timing, sample in order:
+                timing.samples.append(sample())
     finally:
         gc.enable()
 

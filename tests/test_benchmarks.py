@@ -1,8 +1,9 @@
 """``benchmarks``: what is judged, timed, kept and shown, at tiny sizes. No test asserts a time."""
 
 import contextlib
+import itertools
 import json
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from types import SimpleNamespace
 
 import pytest
@@ -28,7 +29,7 @@ MIB = 2**20
 @pytest.fixture(autouse=True)
 def small(monkeypatch):
     monkeypatch.setattr(timing, "CPU_CACHE_BYTES", 2_000)
-    monkeypatch.setattr(timing, "SAMPLE_MS", {"cpu": 0.01, "cuda": 0.01})
+    monkeypatch.setattr(timing, "CPU_SAMPLE_MS", 0.01)
     monkeypatch.setattr(roofline, "COPY_BYTES", {"cpu": 2**10, "cuda": 2**10})
     monkeypatch.setattr(roofline, "GEMM_SIDE", {"cpu": 16, "cuda": 16})
     monkeypatch.setenv("PERA_COMMIT", "0123456789ab")
@@ -184,43 +185,113 @@ def test_contenders_take_turns_on_rotated_inputs(monkeypatch):
     assert (slow.ratio_to(base), slow.median) == (3.0, 6.0)
 
 
-def test_on_a_gpu_everybody_has_a_graph_of_the_same_number_of_calls(monkeypatch):
-    """Events, graphs and capture that only keep count, to follow that path without a GPU."""
-    monkeypatch.setattr(timing, "interpreting", lambda: False)
-    captured, made = [], []
+@dataclass
+class FakeGpu:
+    """Events, graphs and capture that only keep count, to follow that path without a GPU: a call
+    takes 2 ms one by one and 1 ms in a graph. The third capture fails.
+    """
+
+    clock: float = 0.0
+    capturing: bool = False
+    captured: list = field(default_factory=list)
+
+    def call(self):
+        if self.capturing:
+            self.captured[-1] += 1
+        else:
+            self.clock += 2.0
 
     @contextlib.contextmanager
-    def capture(graph, stream):
-        made.append(0)
+    def capture(self, graph, stream):
+        self.captured.append(0)
+        self.capturing = True
         yield
-        if len(made) == 3:
+        self.capturing = False
+        if len(self.captured) == 3:
             raise RuntimeError("cannot be captured")
-        captured.append(made[-1])
+        graph.calls = self.captured[-1]
 
-    def count():
-        if made:
-            made[-1] += 1
+    def graph(self):
+        made = SimpleNamespace()
+        made.replay = lambda: setattr(self, "clock", self.clock + made.calls)
+        return made
 
-    event = SimpleNamespace(
-        record=lambda: None, synchronize=lambda: None, elapsed_time=lambda end: 80.0
-    )
-    graph = SimpleNamespace(replay=lambda: None)
+    def event(self, enable_timing):
+        made = SimpleNamespace(synchronize=lambda: None)
+        made.record = lambda: setattr(made, "at", self.clock)
+        made.elapsed_time = lambda end: end.at - made.at
+        return made
+
+
+@pytest.fixture
+def fake_gpu(monkeypatch):
+    gpu = FakeGpu()
+    monkeypatch.setattr(timing, "interpreting", lambda: False)
     for name, stand_in in {
-        "CUDAGraph": lambda: graph,
-        "graph": capture,
-        "Event": lambda enable_timing: event,
+        "CUDAGraph": gpu.graph,
+        "graph": gpu.capture,
+        "Event": gpu.event,
         "current_stream": lambda: None,
-        "synchronize": lambda device: None,
+        "synchronize": lambda device=None: None,
     }.items():
         monkeypatch.setattr(torch.cuda, name, stand_in)
-    monkeypatch.setattr(timing, "SAMPLE_MS", {"cuda": 1e9})
-    calls = {name: [count] * 3 for name in ("fast", "slow", "refused", "eager")}
+    return gpu
+
+
+def test_on_a_gpu_everybody_has_the_same_number_of_calls_replayed_and_eager(fake_gpu):
+    names = ("fast", "slow", "refused", "eager")
+    calls = {name: [fake_gpu.call] * 3 for name in names}
     found = timing.time_calls(calls, 2, torch.device("cuda"), eager=["eager"])
     # 40 calls, rounded up to whole rotations over three sets of inputs.
-    assert captured == [42, 42]
+    assert fake_gpu.captured == [42, 42, 42]
     assert [own.graph for own in found.values()] == [True, True, False, False]
     assert "cannot be captured" in found["refused"].note and found["fast"].note == ""
-    assert found["fast"].samples == [80.0 / 42] * 2
+    assert [own.samples for own in found.values()] == [[1.0, 1.0]] * 2 + [[2.0, 2.0]] * 2
+    assert [own.eager.samples for own in found.values()] == [[2.0, 2.0]] * 4
+    keys = found["fast"].keys()
+    assert (keys["median_ms"], keys["eager_ms"], keys["calls"]) == (1.0, 2.0, 42)
+    assert found["refused"].ratio_to(found["fast"]) == 2.0
+    assert found["refused"].eager.ratio_to(found["fast"].eager) == 1.0
+
+
+@pytest.mark.parametrize("seconds, count, words", [(0.0, 42, ""), (0.05, 9, "9 calls in a sample")])
+def test_how_slow_calls_are_changes_their_number_only_past_a_budget(
+    fake_gpu, monkeypatch, seconds, count, words
+):
+    monkeypatch.setattr(timing, "GPU_BUDGET_S", 20.0)
+    ticks = itertools.count(0, 3 * seconds)
+    monkeypatch.setattr(timing.time, "perf_counter", lambda: next(ticks))
+    calls = {name: [fake_gpu.call] * 3 for name in "ab"}
+    found = timing.time_calls(calls, 2, torch.device("cuda"))
+    assert fake_gpu.captured == [count] * 2
+    assert {own.calls for own in found.values()} == {count}
+    assert all(
+        own.note.startswith(words) and bool(own.note) == bool(words) for own in found.values()
+    )
+
+
+def test_a_row_of_a_gpu_has_eager_keys_and_one_of_a_cpu_none(monkeypatch):
+    inputs = make_inputs(CASE)
+    pair = (inputs.x.requires_grad_(), inputs.dy)
+    built = {name: [CONTENDERS[name].build(CASE, inputs)] for name in (FROZEN, "reference")}
+    new = {"eager_ms", "eager_ratio_to_frozen", "calls"}
+    for own in layers.measure_phase(built, [pair], "both", 2).values():
+        assert not new & set(own)
+
+    def timed(calls, rounds, device, eager):
+        both = [timing.Timing(samples=[ms, ms]) for ms in (1.0, 3.0)]
+        for own, ms in zip(both, (4.0, 8.0), strict=True):
+            own.eager = timing.Timing(samples=[ms, ms])
+        return dict(zip(calls, both, strict=True))
+
+    monkeypatch.setattr(timing, "time_calls", timed)
+    frozen, own = layers.measure_phase(built, [pair], "both", 2).values()
+    assert (frozen["eager_ratio_to_frozen"], frozen["eager_ms"]) == (1.0, 4.0)
+    assert (own["ratio_to_frozen"], own["eager_ratio_to_frozen"], own["eager_ms"]) == (
+        3.0,
+        2.0,
+        8.0,
+    )
 
 
 def test_memory_counts_blocks_of_known_size():

@@ -27,7 +27,7 @@ AUTO = Adapted(CONTENDERS["auto"])
 
 @pytest.fixture(autouse=True)
 def small(monkeypatch):
-    monkeypatch.setattr(timing, "SAMPLE_MS", {"cpu": 0.01, "cuda": 0.01})
+    monkeypatch.setattr(timing, "CPU_SAMPLE_MS", 0.01)
     monkeypatch.setitem(decoder.SIZES, "tiny", TINY)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)

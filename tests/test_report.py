@@ -89,6 +89,18 @@ def test_kernels_and_decoder_layers_have_tables(folder):
     assert "hidden 64, intermediate 64, batch 2; adapters on" in report.decoder()
 
 
+def test_eager_times_stand_behind_those_of_a_graph(folder):
+    eager = {"eager_ms": 4.0, "eager_ratio_to_frozen": 3.0}
+    kernel = {"contender": "kernel:copy", "phase": "kernel", "n": 4096, "median_ms": 0.05}
+    folder("gpu-chip.jsonl", eager, {"contender": "frozen"}, {**kernel, "eager_ms": 0.07})
+    shown = report.PARTS["gpu benchmarks"]()
+    assert "| auto | 1.25 (2), eager 3.00 (4) |" in shown and "| frozen | 1.25 (2) |" in shown
+    assert "eager: of the same calls, issued one by one. a processor" in shown
+    assert "| copy | 50.0 (50%), eager 70.0 |" in report.kernels()
+    folder("cpu.jsonl", {})
+    assert "eager" not in report.PARTS_HERE["cpu benchmarks"]()
+
+
 def test_without_rows_the_parts_say_so(folder):
     assert report.PARTS["gpu benchmarks"]() == report.kernels() == "Not measured on a GPU yet."
     assert report.decoder() == report.PARTS_HERE["cpu benchmarks"]() == "Not measured."
