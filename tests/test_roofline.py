@@ -1,5 +1,6 @@
 """``tools.roofline``: work of launches by hand, and documents that are of today's launches."""
 
+import json
 import os
 import subprocess
 import sys
@@ -15,6 +16,7 @@ from benchmarks.roofline import work  # noqa: E402
 from pera_kernels.kernels.launch import Launch  # noqa: E402
 from pera_kernels.terms import expanded_rank  # noqa: E402
 from pera_kernels.testing import Case  # noqa: E402
+from tools.roofline import __main__ as page  # noqa: E402
 from tools.roofline import model  # noqa: E402
 
 H100, H200 = model.CARDS[:2]
@@ -89,6 +91,28 @@ def test_operators_of_pytorch_stand_among_the_launches_in_order():
     assert added.moved - product.moved == y.nbytes
     assert product.moved == x.nbytes + weight.nbytes + y.nbytes
     assert (copied.issued, copied.moved) == (0, 4 * x.nbytes)
+
+
+def test_measured_ratios_stand_beside_the_model(tmp_path, monkeypatch):
+    row = {"contender": "auto", "phase": "both", "dtype": "bfloat16+float32", "status": "timed"}
+    row |= {"n": 4096, "m": 4096, "dropout": 0.0, "terms": "full", "r": 16, "T": 512}
+    row |= {"device": "NVIDIA H200", "ratio_to_frozen": 1.5}
+    changes = (
+        {},
+        {"ratio_to_frozen": 1.625},
+        {"phase": "eval"},
+        {"n": 64},
+        {"device": "NVIDIA T4"},
+    )
+    (tmp_path / "results").mkdir()
+    lines = [json.dumps({**row, **change}) for change in changes]
+    (tmp_path / "results" / "gpu-h200.jsonl").write_text("\n".join(lines))
+    monkeypatch.setattr(page, "BENCHMARKS", tmp_path)
+    assert page.measured() == {("H200", "full", 16, 512): 1.625}
+    cells = {
+        line.split(" | ")[0]: line.split(" | ")[-1] for line in page.headline(H200).split("\n")
+    }
+    assert (cells["| 512"], cells["| 64"]) == ("1.62 |", "not measured |")
 
 
 def test_the_documents_are_of_todays_launches():
