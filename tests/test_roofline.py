@@ -29,7 +29,7 @@ def meta(*shape, dtype=torch.bfloat16):
 def test_the_work_of_a_launch_by_hand():
     kernel = SimpleNamespace(fn=SimpleNamespace(__name__="project_kernel"))
     x, phi, u = meta(100, 250), meta(32, 250, dtype=torch.float32), meta(100, 32)
-    sizes = {"T": 100, "N": 250, "lanes": 32, "PRECISION": "ieee", "seed_ptr": None}
+    sizes = {"T": 100, "N": 250, "LANES": 32, "PRECISION": "ieee", "seed_ptr": None}
     blocks = {"BLOCK_T": 64, "BLOCK_N": 32, "PIECES": 3, "BLOCK_K": 16}
     launch = Launch(kernel, (2, 10), {"x_ptr": x, "tuple": (phi, (u,)), **sizes, **blocks})
     step = model._step(launch, 14 / 16, [])
@@ -40,6 +40,13 @@ def test_the_work_of_a_launch_by_hand():
     floor = step.moved / 3.0e6
     assert H100.floor(step.live, step.moved) == pytest.approx(floor)
     assert H100.model(step) == pytest.approx(floor * 132 / 20 + model.LAUNCH_US)
+
+
+def test_a_block_of_lanes_in_unequal_pieces_counts_once():
+    kernel = SimpleNamespace(fn=SimpleNamespace(__name__="project_kernel"))
+    given = {"T": 16, "N": 64, "LANES": 160, "BLOCK_T": 16, "BLOCK_N": 64, "BLOCK_K": 160}
+    given |= {"PIECES": ((0, 128), (128, 32)), "PRECISION": "ieee"}
+    assert model._step(Launch(kernel, (1,), given), 1.0, []).issued == 2 * 16 * 64 * 160
 
 
 def test_a_kernel_with_unknown_products_is_refused():

@@ -14,6 +14,8 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import triton.language as tl
+
 from pera_kernels.kernels.launch import Launch
 
 from ..compile_report import compile_all, compilers, specialised
@@ -91,7 +93,9 @@ def _key(launch: Launch) -> str:
 
 @cache
 def _source(kernel: Any) -> str:
-    """The code of a kernel and of all that it calls, without comments and docstrings."""
+    """The code of a kernel, and of all that it calls, without comments and docstrings, and the
+    constants that they name.
+    """
     found: dict[str, str] = {}
 
     def visit(own: Any) -> None:
@@ -102,8 +106,11 @@ def _source(kernel: Any) -> str:
             del tree.body[0]
         found[own.fn.__name__] = ast.unparse(tree)
         for name in own.fn.__code__.co_names:
-            if hasattr(used := own.fn.__globals__.get(name), "fn"):
+            used = own.fn.__globals__.get(name)
+            if hasattr(used, "fn"):
                 visit(used)
+            elif isinstance(used, tl.constexpr):
+                found[name] = repr(used.value)
 
     visit(kernel)
     return "\n".join(found.values())

@@ -7,7 +7,7 @@ tiles and bytes are those that ship.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cache
 from typing import Any, NamedTuple
@@ -28,9 +28,10 @@ __all__ = ["CARDS", "Card", "Layer", "Step", "job_of", "layer", "tensors"]
 DTYPE, FEATURES = "bf16+fp32", 4096
 # What a launch costs beside its work, in microseconds.
 LAUNCH_US = 2.5
-# For each kernel with matrix products, their sizes and the tiles that they are padded to.
+# For each kernel with matrix products, their sizes and the tiles that they are padded to; PIECES is
+# how many blocks of lanes a program has, or how it divides its only one.
 PADDED: dict[str, dict[str, tuple[str, ...]]] = {
-    "project_kernel": {"T": ("BLOCK_T",), "N": ("BLOCK_N",), "lanes": ("PIECES", "BLOCK_K")},
+    "project_kernel": {"T": ("BLOCK_T",), "N": ("BLOCK_N",), "LANES": ("PIECES", "BLOCK_K")},
     "accumulate_kernel": {"T": ("BLOCK_T",), "M": ("BLOCK_M",), "lanes": ("BLOCK_K",)},
     "contract_kernel": {"T": ("BLOCK_T",), "N": ("BLOCK_N",), "lanes": ("PIECES", "BLOCK_K")},
     "compose_kernel": {"M": ("BLOCK_M",), "N": ("BLOCK_N",), "lanes": ("BLOCK_K",)},
@@ -226,9 +227,13 @@ def _step(call: Launch | _Operator, share: float, base: list[int]) -> Step:
             raise ValueError(f"{name} computes products: PADDED has to say of which sizes")
         return Step(name, 0, 0, moved, call)
     sizes = [given[size] for size in PADDED[name]]
-    tiles = [math.prod(given[block] for block in blocks) for blocks in PADDED[name].values()]
+    tiles = [_tile(given[block] for block in blocks) for blocks in PADDED[name].values()]
     padded = [-(-size // tile) * tile for size, tile in zip(sizes, tiles, strict=True)]
     return Step(name, 2 * math.prod(sizes) * share, 2 * math.prod(padded), moved, call)
+
+
+def _tile(blocks: Iterable[Any]) -> int:
+    return math.prod(block for block in blocks if isinstance(block, int))
 
 
 def tensors(value: Any) -> Iterator[torch.Tensor]:
