@@ -382,6 +382,14 @@ class TestOneGradientOfX:
         assert torch.equal(first, kept) and torch.equal(first, second)
         assert first.data_ptr() != second.data_ptr()
 
+    def test_a_backward_that_is_traced(self, models, x):
+        results = []
+        for model in models:
+            y = sum(y.square().sum() for y in model(x))
+            with Adds():
+                results.append(torch.autograd.grad(y, x)[0])
+        assert near(*results)
+
     def test_other_uses_of_x_and_a_checkpoint(self, models, x, together):
         results = []
         for model in models:
