@@ -28,6 +28,7 @@ def accumulate_kernel(
     stride_u_t,
     stride_y_t,
     HAS_BASE: tl.constexpr,
+    EARLY_BASE: tl.constexpr,
     HAS_DROPOUT: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_T: tl.constexpr,
@@ -37,7 +38,8 @@ def accumulate_kernel(
     """y = base + s · u φ; with dropout the update is masked and rescaled (the backward's dx).
 
     u (T, lanes), φ (lanes, M) with the coefficients in it, base and y (T, M), which may be the same
-    memory. Accumulates in float32; y is rounded once.
+    memory. Accumulates in float32; y is rounded once. With EARLY_BASE the base is on its way while
+    the products are formed, for more registers.
     """
     dtype: tl.constexpr = u_ptr.dtype.element_ty
     tiles_m = tl.cdiv(M, BLOCK_M)
@@ -50,6 +52,10 @@ def accumulate_kernel(
     mask_m = offs_m < M
     mask = mask_t[:, None] & mask_m[None, :]
 
+    if HAS_BASE:
+        bases = base_ptr + offs_t[:, None] * stride_base_t + offs_m[None, :]
+        if EARLY_BASE:
+            base = tl.load(bases, mask=mask, other=0.0)
     acc = tl.zeros((BLOCK_T, BLOCK_M), tl.float32)
     for start in range(0, lanes, BLOCK_K):
         offs_k = start + tl.arange(0, BLOCK_K)
@@ -73,9 +79,8 @@ def accumulate_kernel(
         keep = keep_tile(key_0, key_1, block_m * BLOCK_M, drop_threshold, BLOCK_M)
         acc = tl.where(keep, acc * keep_scale, 0.0)
     if HAS_BASE:
-        base = tl.load(
-            base_ptr + offs_t[:, None] * stride_base_t + offs_m[None, :], mask=mask, other=0.0
-        )
+        if not EARLY_BASE:
+            base = tl.load(bases, mask=mask, other=0.0)
         acc += base.to(tl.float32)
     tl.store(
         y_ptr + offs_t[:, None] * stride_y_t + offs_m[None, :],
@@ -101,10 +106,12 @@ def accumulate(
     tile = tiles.tile_for("accumulate", u.device, u.dtype, u.dtype)
     block_t, block_k = tiles.shrink(tile.block_t, T), tiles.shrink(tile.block_k, lanes)
     blocks_t = blocks(T, block_t)
-    block_m = tiles.narrow(tile.block_n, M, tiles.processor_count(u.device) // blocks_t)
+    processors = tiles.processor_count(u.device)
+    block_m = tiles.narrow(tile.block_n, M, processors // blocks_t)
+    programs = blocks_t * blocks(M, block_m)
     launch(
         accumulate_kernel,
-        (blocks_t * blocks(M, block_m),),
+        (programs,),
         base_ptr=base,
         u_ptr=u,
         phi_ptr=phi,
@@ -118,6 +125,9 @@ def accumulate(
         stride_u_t=u.stride(0),
         stride_y_t=out.stride(0),
         HAS_BASE=base is not None,
+        # One program to a multiprocessor: nothing else there hides the wait, nothing needs its
+        # registers.
+        EARLY_BASE=base is not None and programs <= processors,
         PRECISION=dot_precision(u.dtype),
         BLOCK_T=block_t,
         BLOCK_M=block_m,
