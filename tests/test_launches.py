@@ -99,6 +99,49 @@ def test_split_covers_everything_once():
                 assert (parts - 1) * part < size <= parts * part
 
 
+@pytest.mark.parametrize("processors", [1, 4, 132, 304])
+@pytest.mark.parametrize("tile", [tiles.Tile(128, 64, 64, 8, 3, 3), tiles.Tile(32, 16, 32, 4, 2)])
+def test_a_projection_computes_every_lane_once(tile, processors):
+    for lanes in (16, 32, 48, 144, 160, 240, 576, 1120):
+        for T in (1, 100, 512, 4096, 16384):
+            cut = tiles.projection(tile, T, 4096, lanes, 2, 1, processors)
+            assert [first for first, _ in cut.pieces] == [
+                sum(own for _, own in cut.pieces[:number]) for number in range(len(cut.pieces))
+            ]
+            assert all(own & (own - 1) == 0 and own >= 16 for _, own in cut.pieces)
+            assert sum(own for _, own in cut.pieces) == cut.block_k <= tile.block_k * tile.pieces
+            blocks_t = -(-T // cut.block_t)
+            assert cut.programs == blocks_t * -(-lanes // cut.block_k)
+            assert cut.splits * cut.programs <= max(processors, cut.programs)
+            assert (cut.splits - 1) * cut.n_per_split < 4096 <= cut.splits * cut.n_per_split
+
+
+@pytest.mark.parametrize("r, T, blocks", [(16, 16384, 1), (16, 512, 2), (16, 16, 5), (32, 8192, 3)])
+def test_hardly_a_lane_is_computed_in_vain(r, T, blocks):
+    lanes = lane_count(r)
+    cut = tiles.projection(tiles.Tile(128, 64, 64, 8, 3, 3), T, 4096, lanes, 2, 1, 132)
+    assert lanes <= cut.block_k * blocks <= lanes + (r == 32) * 16
+
+
+def test_choices_of_a_table_stand_over_the_generic_ones(monkeypatch):
+    tables = {"generic": {"library_tokens": 64, "products": 5}, "sm_90": {"library_tokens": None}}
+    monkeypatch.setattr(tiles, "_read", lambda name: {"choices": tables.get(name, {})})
+    load = tiles.load_choices.__wrapped__
+    assert load("sm_90") == tiles.Choices(products=5) and load("sm_80").library(64)
+    assert not load("sm_80").library(63) and not load("sm_90").library(10**9)
+
+
+def test_choices_of_shipped_tables_are_known():
+    for path in tiles.TABLES.glob("*.json"):
+        assert isinstance(tiles.load_choices(path.stem), tiles.Choices)
+
+
+def test_phi_is_in_memory_from_some_2000_tokens_on(ops, monkeypatch):
+    monkeypatch.setattr(tiles, "architecture", lambda device: "sm_90")
+    assert not tiles.phi_in_memory(meta(2000, 4096), 160)
+    assert tiles.phi_in_memory(meta(2048, 4096), 160)
+
+
 def test_all_lanes_in_one_program_or_two_blocks_of_them():
     assert tiles.pieces(160, 64, 4) == 3
     assert tiles.pieces(256, 64, 4) == 4

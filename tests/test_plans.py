@@ -12,10 +12,10 @@ from pera_kernels.testing import Case, check, make_inputs, run
 
 @pytest.fixture(params=["on chip", "in memory"])
 def way(request, triton_backend, monkeypatch):
-    limit = 0 if request.param == "in memory" else 10**9
-    from pera_kernels.kernels import ops
+    from pera_kernels.kernels import tiles
 
-    monkeypatch.setattr(ops, "EXPANDED_TOKENS", limit)
+    limit = 0 if request.param == "in memory" else 10**12
+    monkeypatch.setattr(tiles, "choices", lambda device: tiles.Choices(products=limit))
     return request.param
 
 

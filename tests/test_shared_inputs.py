@@ -90,9 +90,9 @@ def pooled(model, xs):
 )
 def test_the_numeric_rule(terms, dtype, in_memory, backend, device, together, monkeypatch):
     if in_memory and backend == "triton":
-        from pera_kernels.kernels import ops
+        from pera_kernels.kernels import tiles
 
-        monkeypatch.setattr(ops, "EXPANDED_TOKENS", 0)
+        monkeypatch.setattr(tiles, "choices", lambda device: tiles.Choices(products=0))
     model = adapted(backend, terms=terms).to(device, dtype)
     # Pooled, as the rule asks for outputs of few numbers: dh has eight for terms="square".
     xs = [torch.randn(3, 7, 48, dtype=dtype, device=device) for _ in range(4)]

@@ -5,10 +5,10 @@ import triton
 import triton.language as tl
 
 from . import tiles
-from .launch import NO_DROPOUT, Dropout, Factor, addressable, blocks, dot_precision, launch
+from .launch import NO_DROPOUT, Dropout, Factor, addressable, dot_precision, launch
 from .pair_tiles import load_phi, pair_lanes
 from .reduce import Sum
-from .tile_math import dot, keep_tile, round_to, row_keys, zero_tiles
+from .tile_math import dot, keep_tile, round_to, row_keys
 
 __all__ = ["project"]
 
@@ -44,16 +44,16 @@ def project_kernel(
     """u = scale · x̂ φ(f)ᵀ, without the coefficients; x̂ is x with the dropped elements zero.
 
     x (T, N), every f (R, N) -> u (T, LANES for each f) in circular order, zero in unused lanes. A
-    program holds PIECES accumulators of BLOCK_K lanes, so that x is read once for all of them. With
-    several splits along N each writes its partial sum to u[split] in float32. Accumulates and
-    scales in float32; φ is rounded once to the dtype of x.
+    program has an accumulator for each of PIECES, (first lane, lanes), together BLOCK_K lanes, so
+    that x is read once for all of them. With several splits along N each writes its partial sum to
+    u[split] in float32. Accumulates and scales in float32; φ is rounded once to the dtype of x.
     """
     # The lane blocks of a token block are neighbours in launch order: they share x through the L2.
-    blocks_k = tl.cdiv(LANES, PIECES * BLOCK_K)
+    blocks_k = tl.cdiv(LANES, BLOCK_K)
     members: tl.constexpr = len(f_ptrs)
     block_k = tl.program_id(0) % (members * blocks_k)
     block_t = tl.program_id(0) // (members * blocks_k)
-    first_lane = block_k % blocks_k * (PIECES * BLOCK_K)
+    first_lane = block_k % blocks_k * BLOCK_K
     split = tl.program_id(1)
     member = block_k // blocks_k
     f_ptr = f_ptrs[0]
@@ -65,7 +65,9 @@ def project_kernel(
     if HAS_DROPOUT:
         key_0, key_1 = row_keys(seed_ptr, offs_t)
 
-    accs = zero_tiles(PIECES, BLOCK_T, BLOCK_K)
+    accs = ()
+    for piece in tl.static_range(len(PIECES)):
+        accs = accs + (tl.full((BLOCK_T, PIECES[piece][1]), 0.0, tl.float32),)
     for start in range(split * n_per_split, tl.minimum((split + 1) * n_per_split, N), BLOCK_N):
         offs_n = start + tl.arange(0, BLOCK_N)
         mask_n = offs_n < N
@@ -78,8 +80,8 @@ def project_kernel(
             keep = keep_tile(key_0, key_1, start, drop_threshold, BLOCK_N)
             x = tl.where(keep, x, 0.0)
         sums = ()
-        for piece in tl.static_range(PIECES):
-            offs_k = first_lane + piece * BLOCK_K + tl.arange(0, BLOCK_K)
+        for piece in tl.static_range(len(PIECES)):
+            offs_k = first_lane + PIECES[piece][0] + tl.arange(0, PIECES[piece][1])
             i, j, is_pair, live = pair_lanes(offs_k, R, K, FIRST)
             phi = load_phi(
                 f_ptr,
@@ -95,8 +97,8 @@ def project_kernel(
             sums = sums + (dot(x, round_to(phi, x.dtype), accs[piece], PRECISION),)
         accs = sums
 
-    for piece in tl.static_range(PIECES):
-        offs_k = first_lane + piece * BLOCK_K + tl.arange(0, BLOCK_K)
+    for piece in tl.static_range(len(PIECES)):
+        offs_k = first_lane + PIECES[piece][0] + tl.arange(0, PIECES[piece][1])
         at_k = (member * LANES + offs_k)[None, :]
         tl.store(
             u_ptr + split * stride_u_split + offs_t[:, None] * stride_u_t + at_k,
@@ -123,28 +125,24 @@ def project(
     if any(own.stride() != rows.stride() for own in members):
         members = tuple(own.contiguous() for own in members)
         rows = members[0]
-    own_lanes = lanes // len(members)
     kernel = "project_expanded" if factor.terms == "linear" else "project"
     tile = tiles.tile_for(kernel, x.device, x.dtype, rows.dtype)
-    block_t, block_k = tiles.shrink(tile.block_t, T), tiles.shrink(tile.block_k, own_lanes)
-    # One block of tokens is read again from the cache at once: more programs win then.
-    blocks_t = blocks(T, block_t)
-    pieces = tiles.pieces(own_lanes, block_k, tile.pieces if blocks_t > 1 else 1)
-    programs = blocks_t * len(members) * blocks(own_lanes, pieces * block_k)
-    wanted = tiles.processor_count(x.device) // programs
-    splits, n_per_split = tiles.split(N, wanted, 2 * tile.block_n)
-    partial = None if splits == 1 else x.new_empty((splits, T, lanes), dtype=torch.float32)
+    own, processors = lanes // len(members), tiles.processor_count(x.device)
+    cut = tiles.projection(tile, T, N, own, x.element_size(), len(members), processors)
+    partial = None
+    if cut.splits > 1:
+        partial = x.new_empty((cut.splits, T, lanes), dtype=torch.float32)
     target = out if partial is None else partial
     launch(
         project_kernel,
-        (programs, splits),
+        (cut.programs, cut.splits),
         x_ptr=x,
         f_ptrs=members,
         u_ptr=target,
         scale=scale * dropout.keep_scale,
         T=T,
         N=N,
-        n_per_split=n_per_split,
+        n_per_split=cut.n_per_split,
         stride_x_t=x.stride(0),
         stride_x_n=x.stride(1),
         stride_f_r=rows.stride(0),
@@ -152,10 +150,10 @@ def project(
         stride_u_split=T * lanes,
         stride_u_t=target.stride(-2),
         PRECISION=dot_precision(x.dtype),
-        PIECES=pieces,
-        BLOCK_T=block_t,
+        PIECES=cut.pieces,
+        BLOCK_T=cut.block_t,
         BLOCK_N=tile.block_n,
-        BLOCK_K=block_k,
+        BLOCK_K=cut.block_k,
         **factor.constants(),
         **tile.options(),
         **dropout.arguments(),

@@ -9,14 +9,26 @@ is searched at run time.
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
-__all__ = ["TABLES", "Tile", "architecture", "load_table", "processor_count", "tile_for"]
+__all__ = [
+    "TABLES",
+    "Choices",
+    "Tile",
+    "architecture",
+    "choices",
+    "load_table",
+    "phi_in_memory",
+    "processor_count",
+    "projection",
+    "tile_for",
+]
 
 TABLES = Path(__file__).parent / "tiles"
 GENERIC = "generic"
@@ -40,7 +52,8 @@ class Tile:
     """Block sizes along tokens, features and expanded rank, and the launch's warps and stages.
 
     For ``compose`` the token axis is that of the out features; ``expand`` has none. A program holds
-    at most ``pieces`` accumulators of ``block_k`` lanes.
+    at most ``pieces`` accumulators of ``block_k`` lanes. Where there are too few programs, splits
+    make up to ``programs`` of them for each multiprocessor.
     """
 
     block_t: int
@@ -49,13 +62,48 @@ class Tile:
     num_warps: int
     num_stages: int
     pieces: int = 1
+    programs: int = 1
+    maxnreg: int = 255
 
     def options(self) -> dict[str, int]:
-        """Launch options. On NVIDIA the register limit is stated to be the hardware's own: left to
-        itself the assembler spills a few bytes to fit one more block on a multiprocessor.
+        """Launch options. On NVIDIA the register limit is stated even if it is the hardware's own:
+        left to itself the assembler spills a few bytes to fit one more block on a multiprocessor.
         """
         options = {"num_warps": self.num_warps, "num_stages": self.num_stages}
-        return options if torch.version.hip else {**options, "maxnreg": 255}
+        return options if torch.version.hip else {**options, "maxnreg": self.maxnreg}
+
+
+@dataclass(frozen=True)
+class Choices:
+    """From where on a call is computed another way; None is never.
+
+    With more than ``products`` = T · N · lanes to a multiprocessor φ is put in memory before a
+    projection. From ``base_last_tokens`` on the update is written first and the base product is
+    added to it; from ``library_tokens`` on products with φ in memory are left to the GPU's library.
+    """
+
+    products: int = 10_000_000
+    base_last_tokens: int | None = 2048
+    library_tokens: int | None = None
+
+    def base_last(self, T: int) -> bool:
+        return self.base_last_tokens is not None and self.base_last_tokens <= T
+
+    def library(self, T: int) -> bool:
+        return self.library_tokens is not None and self.library_tokens <= T
+
+
+class Projection(NamedTuple):
+    """How a projection is cut: ``programs`` times ``splits`` of them, each with the accumulators
+    ``pieces``, (first lane, lanes), together ``block_k`` lanes of one factor.
+    """
+
+    block_t: int
+    block_k: int
+    pieces: tuple[tuple[int, int], ...]
+    programs: int
+    splits: int
+    n_per_split: int
 
 
 # Smallest extent of a tl.dot operand.
@@ -78,13 +126,38 @@ def architecture(device: torch.device) -> str:
     return name if (TABLES / f"{name}.json").exists() else GENERIC
 
 
+def _read(name: str) -> dict[str, Any]:
+    return dict(json.loads((TABLES / f"{name}.json").read_text(encoding="utf-8")))
+
+
+@lru_cache(maxsize=32)
+def load_choices(name: str) -> Choices:
+    """What a table overrides, over what the generic one does."""
+    return Choices(**{**_read(GENERIC).get("choices", {}), **_read(name).get("choices", {})})
+
+
+def choices(device: torch.device) -> Choices:
+    return load_choices(architecture(device))
+
+
+def phi_in_memory(x: torch.Tensor, lanes: int) -> bool:
+    """Whether φ is put in memory before a projection of x ``(T, N)``; else each of its programs
+    forms the φ it needs on chip.
+
+    Desk estimate: forming φ for a block of 128 tokens costs a GPU of 132 multiprocessors 0.25 µs at
+    r=16, N=4096 (160 lanes); reading it from memory costs part of a launch. There 2,015 tokens are
+    the limit.
+    """
+    T, N = x.shape
+    return T * N * lanes > choices(x.device).products * processor_count(x.device)
+
+
 @lru_cache(maxsize=32)
 def load_table(name: str) -> dict[tuple[str, str], Tile]:
     """A table by (kernel, dtype class), over the generic one."""
-    own: dict[str, Any] = json.loads((TABLES / f"{name}.json").read_text(encoding="utf-8"))
     tiles = {
         (kernel, kind): Tile(**values)
-        for kernel, kinds in own["tiles"].items()
+        for kernel, kinds in _read(name)["tiles"].items()
         for kind, values in kinds.items()
     }
     return tiles if name == GENERIC else {**load_table(GENERIC), **tiles}
@@ -140,3 +213,32 @@ def split(size: int, wanted: int, granule: int) -> tuple[int, int]:
     blocks = max(1, -(-size // granule))
     per_part = -(-blocks // max(1, min(wanted, blocks)))
     return -(-blocks // per_part), per_part * granule
+
+
+@lru_cache(maxsize=1024)
+def projection(
+    tile: Tile, T: int, N: int, lanes: int, size: int, members: int, processors: int
+) -> Projection:
+    """The cut of x ``(T, N)``, of ``size`` bytes a number, times φ of ``members`` factors of
+    ``lanes`` lanes each.
+
+    Lanes are cut so that accumulators hold them and, where splits are needed, so that the fewest
+    bytes move: c blocks of lanes read x c times, and leave float32 sums of processors / c splits to
+    be written and read. No lane is computed in vain where the blocks are equal.
+    """
+    block_t = shrink(tile.block_t, T)
+    rows = -(-T // block_t) * members
+    wanted = tile.programs * processors
+    fewest_bytes = round(math.sqrt(8 * lanes * wanted / (rows * N * size)))
+    cuts = max(-(-lanes // (tile.block_k * tile.pieces)), min(fewest_bytes, lanes // MIN_BLOCK))
+    block_k = -(-lanes // (cuts * MIN_BLOCK)) * MIN_BLOCK
+    pieces: list[tuple[int, int]] = []
+    start = 0
+    while start < block_k:
+        # Powers of two, the widest first.
+        width = min(tile.block_k, 1 << (block_k - start).bit_length() - 1)
+        pieces.append((start, width))
+        start += width
+    programs = rows * -(-lanes // block_k)
+    splits, n_per_split = split(N, wanted // programs, 2 * tile.block_n)
+    return Projection(block_t, block_k, tuple(pieces), programs, splits, n_per_split)
