@@ -295,7 +295,7 @@ def test_a_contraction_writes_far_partial_sums(which, apart, sparse, interpreted
     from pera_kernels.kernels.launch import recorded
 
     with recorded() as calls:
-        contracted(torch.randn(700, 16), torch.randn(700, 7), torch.randn(3, 7))
+        contracted(torch.randn(900, 16), torch.randn(900, 7), torch.randn(3, 7))
     partial = calls[0].arguments[f"{which}_ptr"].zero_()
     assert partial.dim() == 2 and partial.shape[0] > 3, "the sums were not split"
     far, stride = sparse(partial, (FAR["product"], 1)), FAR["product"]

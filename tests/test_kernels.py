@@ -1,5 +1,10 @@
 """What the launchers do beside the formula: splits, stacks, strides, rounding, precision."""
 
+import importlib
+import inspect
+import pkgutil
+import re
+
 import pytest
 import torch
 
@@ -7,7 +12,7 @@ from pera_kernels import testing, torch_backend
 from pera_kernels.kernels import tiles
 from pera_kernels.operands import Base, Factors, Options
 from pera_kernels.reference import coefficients, expand
-from pera_kernels.terms import circular_order, lane_count
+from pera_kernels.terms import circular_order, lane_count, pairs
 from pera_kernels.testing import Case
 
 
@@ -26,6 +31,71 @@ def test_lanes_over_several_programs_of_several_accumulators(triton_backend, dev
     assert lane_count(11) == 80 and tiles.pieces(80, 16, 2) == 2
     verdicts = testing.check(Case(r=11, T=17, N=40, M=40), triton_backend, device)
     assert all(v.passed for v in verdicts), [str(v) for v in verdicts if not v.passed]
+
+
+@pytest.mark.parametrize("value", [float("inf"), float("-inf"), float("nan")])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("r", [4, 5, 16])
+def test_what_is_not_finite_in_a_factor_stays_with_its_pairs(
+    r, dtype, value, triton_backend, device
+):
+    """Zeros of a selecting product must not spread it: to other features, or other pairs' dh."""
+    from pera_kernels.kernels.contract import contract
+    from pera_kernels.kernels.launch import Factor
+    from pera_kernels.kernels.reduce import sum_partials
+
+    left, x = torch.ones(9, lane_count(r), device=device), torch.ones(9, 20, device=device)
+    rows, h = torch.ones(r, 20, device=device, dtype=dtype), torch.ones(r * (r + 1) // 2).to(device)
+    rows[1, 3] = value
+    df, dh = torch.empty(r, 20, device=device), torch.empty_like(h)
+    sum_partials(contract(left, x, Factor(rows, h, r, "full"), df=df, dh=dh, scale=1.0))
+    assert dh.isfinite().tolist() == [1 not in pair for pair in pairs(r)]
+    assert df.isfinite().all(0).tolist() == [n != 3 for n in range(20)]
+
+
+@pytest.mark.parametrize("r", [*range(1, 10), 12, 16, 24, 32, 33, 64, 70])
+def test_contraction_of_every_rank(r, triton_backend, device):
+    """Ranks that divide a block of lanes, and those that do not."""
+    verdicts = testing.check(Case(r=r, T=21, N=19, M=35), triton_backend, device)
+    assert all(v.passed for v in verdicts), [str(v) for v in verdicts if not v.passed]
+
+
+@pytest.mark.parametrize(
+    "T, N, r, terms, programs, waves",
+    [
+        (16384, 4096, 16, "full", 128, 1),
+        (16384, 4096, 16, "square", 128, 1),
+        (16384, 4096, 32, "full", 384, 3),
+        (16384, 1024, 16, "full", 128, 1),
+        (512, 4096, 16, "full", 96, 1),
+        (1, 4096, 16, "full", 96, 1),
+    ],
+)
+def test_contractions_fill_whole_waves(T, N, r, terms, programs, waves, triton_backend):
+    from pera_kernels.kernels.contract import divide
+
+    lanes = lane_count(r, terms)
+    own = divide(T, N, lanes, r, tiles.Tile(64, 128, 64, 8, 4, 3), 132)
+    count = -(-N // own.block_n) * -(-lanes // (own.pieces * own.block_k)) * own.splits
+    assert (count, -(-count // 132)) == (programs, waves)
+    assert (own.splits - 1) * own.tokens < T <= own.splits * own.tokens
+
+
+def test_kernels_hash_with_the_constants_of_the_definition(triton_backend):
+    """They are literals there: Triton looks at each global that a kernel uses at every launch."""
+    import pera_kernels.kernels
+    from pera_kernels import dropout
+    from pera_kernels.kernels import tile_math
+
+    literals = {
+        int(literal, 16)
+        for function in (tile_math._mix, tile_math.row_keys, tile_math.keep_tile)
+        for literal in re.findall(r"0x[0-9A-F]{8}", inspect.getsource(function.fn))
+    }
+    assert literals == {dropout.MULTIPLY_1, dropout.MULTIPLY_2, dropout.ROW_STEP}
+    for found in pkgutil.iter_modules(pera_kernels.kernels.__path__, "pera_kernels.kernels."):
+        held = vars(importlib.import_module(found.name)).items()
+        assert not [name for name, value in held if type(value).__name__ == "constexpr"]
 
 
 def test_layers_that_share_a_split_projection(triton_backend, device, poison):

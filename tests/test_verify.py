@@ -26,7 +26,7 @@ TORCH = [*TINY, "--backend", "torch", "--dtypes", "float32", "--ops", "pera_line
 MUTATIONS = {
     "partner": ("pair_tiles.py", "(block - 1, 0)) % R", "(block, 0)) % R", "pera_linear"),
     "dropout scale": ("accumulate.py", "acc * keep_scale, 0.0", "acc, 0.0", "dropout"),
-    "last row": ("contract.py", "(offs_r < R)[:, None]", "(offs_r < R - 1)[:, None]", "mixed"),
+    "last row": ("contract.py", "(offs_r < R)[None, :]", "(offs_r < R - 1)[None, :]", "mixed"),
 }
 
 

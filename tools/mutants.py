@@ -48,6 +48,7 @@ OVERFLOW = (
     "tests/test_numerics.py::test_half_precision_overflow_shows_where_the_reference_has_it",
 )
 DROPOUT = ("tests/test_dropout.py",)
+SPREAD = ("tests/test_kernels.py::test_what_is_not_finite_in_a_factor_stays_with_its_pairs",)
 FAR_LANES = ("tests/test_guarded_memory.py::test_operands_whose_rows_or_columns_lie_far_apart",)
 FAR_SUMS = ("tests/test_guarded_memory.py::test_a_contraction_writes_far_partial_sums",)
 STRIDED = ("tests/test_numerics.py::test_strided_inputs",)
@@ -68,6 +69,10 @@ _TABLE: dict[str, tuple[tuple[str, str, str, tuple[str, ...]], ...]] = {
     "kernels/tile_math.py": (
         ("gradients are sent to their rows in bfloat16",
          "tl.static_range(3)", "tl.static_range(1)", FACTORED),
+        ("factors come to their lanes in sixteen bits",
+         "tl.constexpr = 3 if", "tl.constexpr = 2 if", FACTORED),
+        ("what is not finite spreads over the rank",
+         "tl.where(finite, part, 3e38)", "part", SPREAD),
         ("half of the seed is not used",
          "(seed >> 32).to(tl.uint32)", "seed.to(tl.uint32)", DROPOUT),
         ("from the second block of columns on the mask is another",
@@ -94,10 +99,14 @@ _TABLE: dict[str, tuple[tuple[str, str, str, tuple[str, ...]], ...]] = {
         ("dA is that of x without dropout",
          "x = tl.where(keep, x, 0.0)", "x = tl.where(keep, x, x)", FACTORED),
         ("squares count once in the gradient of a factor",
-         "df = select_rows(offs_r, j, is_pair, acc * f_i, df)",
-         "df = select_rows(offs_r, j, is_pair & (i != j), acc * f_i, df)", FACTORED),
+         "df = sum_to_columns(of_j, j, is_pair, df)",
+         "df = sum_to_columns(of_j, j, is_pair & (i != j), df)", FACTORED),
         ("gradients of factors are those of h = 1",
-         "acc *= load_coefficients(h_ptr, i, j, is_pair, R, K, FIRST)[:, None]", "acc *= 1.0",
+         "scales *= load_coefficients(h_ptr, i, j, is_pair, R, K, FIRST)", "scales *= 1.0",
+         FACTORED),
+        ("ranks below 16 get the sums of one copy of their columns",
+         "df = sum_periods(df, tl.zeros((BLOCK_N, R), tl.float32))",
+         "df = sum_periods(tl.where(offs_r < R, df, 0.0), tl.zeros((BLOCK_N, R), tl.float32))",
          FACTORED),
         ("partial sums of dh overwrite each other",
          "row = split_t * tl.num_programs(0) + block_n", "row = block_n", MANY_TOKENS),

@@ -1,4 +1,8 @@
-"""The gradients of a factor and its coefficients: dφ = leftᵀ x, contracted while on chip."""
+"""The gradients of a factor and its coefficients: dφ = xᵀ left, contracted while on chip."""
+
+import itertools
+from functools import lru_cache
+from typing import NamedTuple
 
 import torch
 import triton
@@ -9,7 +13,18 @@ from . import tiles
 from .launch import NO_DROPOUT, Dropout, Factor, addressable, blocks, dot_precision, launch
 from .pair_tiles import coefficient_index, load_coefficients, pair_lanes
 from .reduce import Sum
-from .tile_math import dot, keep_tile, round_to, row_keys, select_rows, zero_tiles
+from .tile_math import (
+    dot,
+    keep_tile,
+    pick_columns,
+    repeat_columns,
+    round_to,
+    row_keys,
+    sum_periods,
+    sum_to_columns,
+    zero_tiles,
+)
+from .tiles import Tile
 
 __all__ = ["contract"]
 
@@ -49,12 +64,13 @@ def contract_kernel(
     HAS_DROPOUT: tl.constexpr,
     PRECISION: tl.constexpr,
     PIECES: tl.constexpr,
+    ALIGNED: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """dφ = s leftᵀ x̂, contracted at once to df and dh:
+    """dφ = s x̂ᵀ left, contracted at once to df and dh:
 
         df_i  = dφ_i + Σ_j c_ij (dφ_ij ∘ f_j)        a square counts twice
         dh_ij = Σ_n (dφ_ij ∘ f_i ∘ f_j)
@@ -62,8 +78,10 @@ def contract_kernel(
     left (T, lanes) in circular order; x (T, N); f (R, N). A program holds PIECES
     accumulators of BLOCK_K lanes, so that x is read once for all of them. Each split over T and
     lanes writes partial sums: df[split] (R, N), dh[split_t, block_n] (coefficients,),
-    both float32. dφ stays on chip; its float32 rows are sent to the rows i and j of df by a product
-    with the 0/1 incidence matrix of the pairs.
+    both float32. dφ stays on chip, a row for each feature: the columns f_j come to their lanes, and
+    the products return to the columns j of df, through products with 0/1 matrices that are exact.
+    Lane k belongs to the column i = k mod R: where R divides BLOCK_K (ALIGNED), a repetition and a
+    sum serve for i.
     """
     block_n = tl.program_id(0)
     split = tl.program_id(1)
@@ -73,11 +91,10 @@ def contract_kernel(
 
     offs_n = block_n * BLOCK_N + tl.arange(0, BLOCK_N)
     x_columns = offs_n.to(tl.int64)[None, :] * stride_x_n
-    offs_r = tl.arange(0, BLOCK_R)
     mask_n = offs_n < N
     start_t = split_t * t_per_split
 
-    accs = zero_tiles(PIECES, BLOCK_K, BLOCK_N)
+    accs = zero_tiles(PIECES, BLOCK_N, BLOCK_K)
     for start in range(start_t, tl.minimum(start_t + t_per_split, T), BLOCK_T):
         offs_t = start + tl.arange(0, BLOCK_T)
         rows = offs_t.to(tl.int64)
@@ -100,47 +117,96 @@ def contract_kernel(
                 mask=mask_t[:, None] & (offs_k < lanes)[None, :],
                 other=0.0,
             )
-            sums = sums + (dot(tl.trans(left), x, accs[piece], PRECISION),)
+            sums = sums + (dot(tl.trans(x), left, accs[piece], PRECISION),)
         accs = sums
 
-    df = tl.zeros((BLOCK_R, BLOCK_N), tl.float32)
-    at_n = offs_n[None, :] * stride_f_n
+    offs_r = tl.arange(0, BLOCK_R)
+    df = tl.zeros((BLOCK_N, BLOCK_R), tl.float32)
+    if K > R:
+        f = tl.load(
+            f_ptr + (offs_n[:, None] * stride_f_n + (offs_r % R)[None, :] * stride_f_r),
+            mask=mask_n[:, None],
+            other=0.0,
+        )
     for piece in tl.static_range(PIECES):
         offs_k = first_lane + piece * BLOCK_K + tl.arange(0, BLOCK_K)
         i, j, is_pair, live = pair_lanes(offs_k, R, K, FIRST)
         live = live & (offs_k < lanes)
         is_pair = is_pair & live
-        acc = accs[piece] * scale
-        if K == R:
-            df = select_rows(offs_r, i, live, acc, df)
-        else:
-            mask_kn = live[:, None] & mask_n[None, :]
-            f_i = tl.load(f_ptr + (i[:, None] * stride_f_r + at_n), mask=mask_kn, other=0.0)
-            f_j = tl.load(
-                f_ptr + (j[:, None] * stride_f_r + at_n), mask=mask_kn & is_pair[:, None], other=1.0
-            )
-            f_i = f_i.to(tl.float32)
-            f_j = f_j.to(tl.float32)
+        scales = tl.where(live, scale, 0.0)
+        of_i = accs[piece]
+        if K > R:
+            f_j = pick_columns(f, j)
+            if piece * BLOCK_K < R:
+                f_j = tl.where(is_pair[None, :], f_j, 1.0)
+            f_i = repeat_columns(f, BLOCK_K) if ALIGNED else pick_columns(f, i)
+            of_i *= f_j
             if HAS_DH:
-                dh = tl.sum(acc * f_i * f_j, axis=1)
+                dh = tl.sum(of_i * f_i, axis=0) * scale
                 row = split_t * tl.num_programs(0) + block_n
                 index = coefficient_index(i, j, R, K, FIRST)
                 tl.store(dh_ptr + row.to(tl.int64) * coefficients + index, dh, mask=is_pair)
-            if HAS_DF:
-                if HAS_H:
-                    acc *= load_coefficients(h_ptr, i, j, is_pair, R, K, FIRST)[:, None]
-                df = select_rows(offs_r, i, live, acc * f_j, df)
-                df = select_rows(offs_r, j, is_pair, acc * f_i, df)
+            if HAS_H:
+                scales *= load_coefficients(h_ptr, i, j, is_pair, R, K, FIRST)
+        if HAS_DF:
+            # Before the product below, whose tiles take the registers of this one.
+            of_i *= scales[None, :]
+            df = sum_periods(of_i, df) if ALIGNED else sum_to_columns(of_i, i, live, df)
+            if K > R:
+                of_j = accs[piece] * f_i * scales[None, :]
+                df = sum_to_columns(of_j, j, is_pair, df)
 
     if HAS_DF:
+        if ALIGNED and R < BLOCK_R:
+            df = sum_periods(df, tl.zeros((BLOCK_N, R), tl.float32))
+            offs_r = tl.arange(0, R)
         tl.store(
             df_ptr
             + split.to(tl.int64) * stride_df_split
-            + offs_r[:, None] * stride_df_r
-            + offs_n[None, :] * stride_df_n,
+            + offs_r[None, :] * stride_df_r
+            + offs_n[:, None] * stride_df_n,
             round_to(df, df_ptr.dtype.element_ty),
-            mask=(offs_r < R)[:, None] & mask_n[None, :],
+            mask=mask_n[:, None] & (offs_r < R)[None, :],
         )
+
+
+class Division(NamedTuple):
+    """What a program takes: blocks of tokens, features and lanes, how many of the last, and the
+    tokens of one of ``splits`` parts.
+    """
+
+    block_t: int
+    block_n: int
+    block_k: int
+    pieces: int
+    splits: int
+    tokens: int
+
+
+@lru_cache(maxsize=1024)
+def divide(T: int, N: int, lanes: int, r: int, tile: Tile, processors: int) -> Division:
+    """The division that takes the least time by a model, not measured on a GPU.
+
+    A token costs what it brings from the L2: its features and its lanes. The end of a program costs
+    as much as 640 tokens of its lanes, its start as much as 32,000 of one feature. Programs run in
+    waves, one to a processor, and a wave that is not full takes as long as a full one.
+    """
+    block_t, block_k = tiles.shrink(tile.block_t, T), tiles.shrink(tile.block_k, lanes)
+    # High ranks take the registers of accumulators, then of features.
+    block_n = max(tiles.MIN_BLOCK, tile.block_n * 64 // max(64, tiles.shrink(1 << 30, r)))
+    most = tile.pieces if r <= 32 else 1
+    blocks_n, blocks_k = blocks(N, block_n), blocks(lanes, block_k)
+
+    def time(pieces: int, wanted: int) -> int:
+        splits, tokens = tiles.split(T, wanted, 4 * block_t)
+        waves = blocks(blocks_n * blocks(blocks_k, pieces) * splits, processors)
+        return waves * (block_n * tokens + pieces * block_k * (tokens + 640) + 32_000)
+
+    ways = itertools.product(
+        range(1, min(most, blocks_k) + 1), range(1, max(8, processors // blocks_n) + 1)
+    )
+    pieces, wanted = min(ways, key=lambda way: (time(*way), way))
+    return Division(block_t, block_n, block_k, pieces, *tiles.split(T, wanted, 4 * block_t))
 
 
 def contract(
@@ -153,7 +219,7 @@ def contract(
     scale: float,
     dropout: Dropout = NO_DROPOUT,
 ) -> list[Sum]:
-    """Contract dφ = s leftᵀ dropout(x) into df ``(R, N)`` (dense, any layout) and dh.
+    """Contract dφ = s dropout(x)ᵀ left into df ``(R, N)`` (dense, any layout) and dh.
 
     left is ``(T, lanes)`` in circular order, of any strides; x is ``(T, N)``. Gradients that
     were split are incomplete until the returned sums have run.
@@ -162,20 +228,15 @@ def contract(
     T, N = x.shape
     coefficients = coefficient_count(factor.r, factor.terms)
     tile = tiles.tile_for("contract", x.device, x.dtype, rows.dtype)
-    block_t, block_k = tiles.shrink(tile.block_t, T), tiles.shrink(tile.block_k, lanes)
-    blocks_n = blocks(N, tile.block_n)
-    processors = tiles.processor_count(x.device)
-    splits_t, t_per_split = tiles.split(T, 2 * processors // blocks_n, 4 * block_t)
-    # Fewer lanes to a program where there would be too few programs: x is small then.
-    crowd = max(1, processors // (blocks_n * splits_t))
-    pieces = tiles.pieces(lanes, block_k, max(1, tile.pieces // crowd))
-    parts = splits_t * blocks(lanes, pieces * block_k)
+    by = divide(T, N, lanes, factor.r, tile, tiles.processor_count(x.device))
+    blocks_n = blocks(N, by.block_n)
+    parts = by.splits * blocks(lanes, by.pieces * by.block_k)
     df_out, dh_out, sums = df, dh, []
     if df is not None and parts > 1:
         df_out = df.new_empty((parts, df.numel()), dtype=torch.float32)
         sums.append(Sum(df_out, df, df.numel(), 0))
     if dh is not None:
-        dh_out = dh.new_empty((splits_t * blocks_n, coefficients), dtype=torch.float32)
+        dh_out = dh.new_empty((by.splits * blocks_n, coefficients), dtype=torch.float32)
         sums.append(Sum(dh_out, dh, coefficients, 0))
     launch(
         contract_kernel,
@@ -191,7 +252,7 @@ def contract(
         N=N,
         lanes=lanes,
         coefficients=coefficients,
-        t_per_split=t_per_split,
+        t_per_split=by.tokens,
         stride_left_t=left.stride(0),
         stride_left_k=left.stride(1),
         stride_x_t=x.stride(0),
@@ -205,11 +266,12 @@ def contract(
         HAS_DF=df is not None,
         HAS_DH=dh is not None,
         PRECISION=dot_precision(x.dtype),
-        PIECES=pieces,
-        BLOCK_R=tiles.shrink(1 << 30, rows.shape[0]),
-        BLOCK_T=block_t,
-        BLOCK_N=tile.block_n,
-        BLOCK_K=block_k,
+        PIECES=by.pieces,
+        ALIGNED=by.block_k % factor.r == 0,
+        BLOCK_R=tiles.shrink(1 << 30, factor.r),
+        BLOCK_T=by.block_t,
+        BLOCK_N=by.block_n,
+        BLOCK_K=by.block_k,
         **factor.constants(),
         **tile.options(),
         **dropout.arguments(),
