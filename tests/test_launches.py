@@ -75,6 +75,7 @@ def test_layers_that_share_x_read_it_once_and_copy_nothing(T, count, ops):
     """Beside their base GEMMs G layers make 2 + G launches; where φ is in memory and the projection
     split all the same, a sum is one more.
     """
+    from pera_kernels.kernels import steps
     from pera_kernels.kernels.launch import recorded
 
     x, weights = meta(T, 4096), [meta(M, 4096) for M in (4096, 1024, 1024)[:count]]
@@ -82,12 +83,13 @@ def test_layers_that_share_x_read_it_once_and_copy_nothing(T, count, ops):
     options = Options("full", 1.0, backend="triton")
     with recorded() as calls, Counted() as asked:
         bases = [Base(weight) for weight in weights]
-        ops._forward([x, None, *chain(*bases), *chain(*adapters)], options)
+        steps.forward([x, None, *chain(*bases), *chain(*adapters)], options)
     names = [call.kernel.__name__ for call in calls]
     assert names.count("project_kernel") == 1 and names.count("accumulate_kernel") == count
     sums = names.count("sum_partials_kernel")
     assert len(names) == 2 + count + sums and sums <= (names[0] == "expand_kernel")
-    assert asked.names == ["mm" if T < ops.BASE_LAST_TOKENS else "addmm_"] * count
+    last = tiles.choices(x.device).base_last(T)
+    assert last == (T > 2000) and asked.names == ["addmm_" if last else "mm"] * count
 
 
 def test_split_covers_everything_once():
