@@ -106,7 +106,8 @@ class Operands:
         }[source]()
         u = x.new_empty(len(x), factor.lanes)
         drop = self.dropout if dropout else NO_DROPOUT
-        pending = project.project(x, factor, out=u, scale=SCALE, dropout=drop)
+        whole = source == "memory"
+        pending = project.project(x, factor, out=u, scale=SCALE, dropout=drop, whole=whole)
         if self.finish:
             reduce.sum_partials([] if pending is None else [pending])
         return {"u": u}

@@ -44,8 +44,8 @@ from .problems import DTYPES, Job, Operands, expected, random_on
 CLASS_DTYPES = {"half": ("bf16", "fp16"), "mixed": ("bf16+fp32",), "single": ("fp32",)}
 # What each kernel is timed on, and at how many tokens: those at which a layer launches it.
 PROBLEMS: dict[str, tuple[tuple[str, ...], tuple[int, ...]]] = {
-    "project": (("project A", "project B"), (4096, 512)),
-    "project_expanded": (("project expanded",), (16384,)),
+    "project": (("project A", "project B"), (512, 1024)),
+    "project_expanded": (("project expanded",), (16384, 4096)),
     "accumulate": (("accumulate",), (16384, 4096, 512)),
     "contract": (("contract dA", "contract dB dh"), (16384, 4096, 512)),
     "expand": (("expand",), (16,)),
@@ -54,14 +54,27 @@ PROBLEMS: dict[str, tuple[tuple[str, ...], tuple[int, ...]]] = {
 # A tile that takes so much longer than the best of its problem has no further turn there.
 BEHIND = 1.15
 BETTER, WORSE = 0.99, 1.1
-# (tokens, features, lanes, warps, stages, pieces) of the candidates.
-_WARPS, _STAGES, _ONE = (4, 8), (2, 3, 4), (1,)
+# (tokens, features, lanes, warps, stages, pieces, programs, registers) of the candidates.
+_WARPS, _STAGES, _ONE, _REGISTERS = (4, 8), (2, 3, 4), (1,), (128, 255)
+_PIECES, _LANES = (1, 2, 3, 4, 5), (32, 64, 128)
 GRIDS: dict[str, tuple[tuple[int, ...], ...]] = {
-    "expand": ((16,), (64, 128, 256, 512), (8, 16, 32), (2, 4, 8), _ONE, _ONE),
-    "project": ((32, 64, 128), (32, 64, 128), (32, 64), _WARPS, _STAGES, (1, 2, 3, 4, 5)),
-    "accumulate": ((32, 64, 128), (32, 64, 128, 256), (16, 32, 64), _WARPS, (1, *_STAGES), _ONE),
-    "contract": ((32, 64, 128), (32, 64, 128), (32, 64), _WARPS, _STAGES, (1, 2, 3, 4, 5)),
-    "compose": ((64, 128, 256), (64, 128, 256), (32, 64), _WARPS, _STAGES, _ONE),
+    "expand": ((16,), (64, 128, 256, 512), (8, 16, 32), (2, 4, 8), *[_ONE] * 3, (255,)),
+    "project": (
+        *((32, 64, 128, 256), (32, 64, 128), _LANES, _WARPS, _STAGES),
+        *(_PIECES, (1, 2), _REGISTERS),
+    ),
+    "accumulate": (
+        *((32, 64, 128), (32, 64, 128, 256), (16, 32, 64), _WARPS, (1, *_STAGES)),
+        *(_ONE, _ONE, _REGISTERS),
+    ),
+    "contract": (
+        *((32, 64, 128), (32, 64, 128), (32, 64), _WARPS, _STAGES),
+        *(_PIECES, _ONE, _REGISTERS),
+    ),
+    "compose": (
+        *((64, 128, 256), (64, 128, 256), (32, 64), _WARPS, _STAGES),
+        *(_ONE, _ONE, _REGISTERS),
+    ),
 }
 
 

@@ -114,11 +114,13 @@ def project(
     out: torch.Tensor,
     scale: float = 1.0,
     dropout: Dropout = NO_DROPOUT,
+    whole: bool = False,
 ) -> Sum | None:
     """out = s dropout(x) φ(factor)ᵀ: x ``(T, N)``, out ``(T, lanes)`` in circular order, of any row
     stride.
 
-    Where x was split along N, ``out`` is incomplete until the returned sum has run.
+    Where x was split along N, ``out`` is incomplete until the returned sum has run; it is not if
+    ``whole``.
     """
     members = tuple(map(addressable, factor.members))
     (T, N), rows, lanes = x.shape, members[0], factor.lanes
@@ -128,7 +130,8 @@ def project(
     kernel = "project_expanded" if factor.terms == "linear" else "project"
     tile = tiles.tile_for(kernel, x.device, x.dtype, rows.dtype)
     own, processors = lanes // len(members), tiles.processor_count(x.device)
-    cut = tiles.projection(tile, T, N, own, x.element_size(), len(members), processors)
+    sizes = (T, N, own, x.element_size(), len(members))
+    cut = tiles.projection(tile, *sizes, processors, whole)
     partial = None
     if cut.splits > 1:
         partial = x.new_empty((cut.splits, T, lanes), dtype=torch.float32)

@@ -51,15 +51,14 @@ def forward(tensors: Tensors, options: Options) -> list[torch.Tensor]:
         stack = Factor(first, None, r, terms, tuple(others))
         backs = [Factor(B.t(), _dense(h), r, terms) for _, B, h in adapters]
         phis: list[torch.Tensor] = []
-        if tiles.phi_in_memory(x, stack.lanes):
+        whole = tiles.phi_in_memory(x, stack.lanes)
+        if whole:
             *phis, phi_stack = expand([*backs, stack], dtype=x.dtype)
             stack = in_memory(phi_stack)
         dropout = Dropout(options.dropout_p, seed)
-        library = bool(phis) and _by_library(x, dropout)
-        u, pending = _projected(x, stack, dropout=dropout, library=library)
-        if phis:
-            _finish(pending)
-        else:
+        library = whole and _by_library(x, dropout)
+        u, pending = _projected(x, stack, dropout=dropout, whole=whole, library=library)
+        if not whole:
             phis = expand(backs, pending, dtype=x.dtype)
         us, ys = u.split(lanes, 1), []
         for (weight, _, _), start, own, phi in zip(bases, starts, us, phis, strict=True):
@@ -95,17 +94,18 @@ def backward(tensors: Tensors, options: Options, needs: Sequence[bool]) -> list[
             own = weight if adds else _compose(weight, adapter, options, dy.dtype)
             dx = onto = dy @ own if onto is None else onto.addmm_(dy, own)
         if adds or need_A:
-            phi_a, library = None, False
-            if tiles.phi_in_memory(dy, lanes):
+            whole = tiles.phi_in_memory(dy, lanes)
+            library = whole and _by_library(dy, dropout)
+            if whole:
                 phi_b, phi_a = expand([bare_b, a], dtype=dy.dtype)
-                bare_b, library = in_memory(phi_b), _by_library(dy, dropout)
+                bare_b = in_memory(phi_b)
             # s v is rounded, as autograd does to the reference: a small v underflows in float16.
-            v, pending = _projected(dy, bare_b, scale=options.scale, library=library)
-            if not adds or phi_a is not None:
+            v, pending = _projected(dy, bare_b, scale=options.scale, whole=whole, library=library)
+            if not adds:
                 _finish(pending)
+            elif not whole:
+                (phi_a,) = expand([a], pending, dtype=dy.dtype)
             if adds:
-                if phi_a is None:
-                    (phi_a,) = expand([a], pending, dtype=dy.dtype)
                 dx = _updated(onto, v, phi_a, onto=onto, dropout=dropout, library=library)
                 if last:
                     dx.addmm_(dy, weight)
@@ -216,13 +216,16 @@ def _projected(
     *,
     scale: float = 1.0,
     dropout: Dropout = NO_DROPOUT,
+    whole: bool = False,
     library: bool = False,
 ) -> tuple[torch.Tensor, Sum | None]:
-    """s dropout(x) φ(factor)ᵀ ``(T, lanes)``, and the sum that has to complete it."""
+    """s dropout(x) φ(factor)ᵀ ``(T, lanes)``, and the sum that has to complete it, if it is not to
+    be ``whole``.
+    """
     if library:
         return scaled_product(x, factor.rows.t(), scale), None
     u = x.new_empty(x.shape[0], factor.lanes)
-    return u, project(x, factor, out=u, scale=scale, dropout=dropout)
+    return u, project(x, factor, out=u, scale=scale, dropout=dropout, whole=whole)
 
 
 def _updated(

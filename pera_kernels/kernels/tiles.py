@@ -82,7 +82,7 @@ class Choices:
     added to it; from ``library_tokens`` on products with φ in memory are left to the GPU's library.
     """
 
-    products: int = 10_000_000
+    products: int = 20_000_000
     base_last_tokens: int | None = 2048
     library_tokens: int | None = None
 
@@ -145,8 +145,8 @@ def phi_in_memory(x: torch.Tensor, lanes: int) -> bool:
     forms the φ it needs on chip.
 
     Desk estimate: forming φ for a block of 128 tokens costs a GPU of 132 multiprocessors 0.25 µs at
-    r=16, N=4096 (160 lanes); reading it from memory costs part of a launch. There 2,015 tokens are
-    the limit.
+    r=16, N=4096 (160 lanes); reading it from memory costs part of a launch. There 4,028 tokens are
+    the limit: with fewer, a projection that is not split leaves half of the GPU idle.
     """
     T, N = x.shape
     return T * N * lanes > choices(x.device).products * processor_count(x.device)
@@ -217,20 +217,24 @@ def split(size: int, wanted: int, granule: int) -> tuple[int, int]:
 
 @lru_cache(maxsize=1024)
 def projection(
-    tile: Tile, T: int, N: int, lanes: int, size: int, members: int, processors: int
+    tile: Tile, T: int, N: int, lanes: int, size: int, members: int, processors: int, whole: bool
 ) -> Projection:
     """The cut of x ``(T, N)``, of ``size`` bytes a number, times φ of ``members`` factors of
     ``lanes`` lanes each.
 
     Lanes are cut so that accumulators hold them and, where splits are needed, so that the fewest
     bytes move: c blocks of lanes read x c times, and leave float32 sums of processors / c splits to
-    be written and read. No lane is computed in vain where the blocks are equal.
+    be written and read. If sums are to be ``whole``, blocks of tokens are smaller instead, and more
+    blocks of lanes read x. No lane is computed in vain where the blocks are equal.
     """
     block_t = shrink(tile.block_t, T)
-    rows = -(-T // block_t) * members
     wanted = tile.programs * processors
+    while whole and block_t > 64 and 2 * -(-T // block_t) * members <= wanted:
+        block_t //= 2
+    rows = -(-T // block_t) * members
     fewest_bytes = round(math.sqrt(8 * lanes * wanted / (rows * N * size)))
-    cuts = max(-(-lanes // (tile.block_k * tile.pieces)), min(fewest_bytes, lanes // MIN_BLOCK))
+    filling = wanted // rows if whole else fewest_bytes
+    cuts = max(-(-lanes // (tile.block_k * tile.pieces)), min(filling, lanes // MIN_BLOCK))
     block_k = -(-lanes // (cuts * MIN_BLOCK)) * MIN_BLOCK
     pieces: list[tuple[int, int]] = []
     start = 0
@@ -240,5 +244,5 @@ def projection(
         pieces.append((start, width))
         start += width
     programs = rows * -(-lanes // block_k)
-    splits, n_per_split = split(N, wanted // programs, 2 * tile.block_n)
+    splits, n_per_split = split(N, 1 if whole else wanted // programs, 2 * tile.block_n)
     return Projection(block_t, block_k, tuple(pieces), programs, splits, n_per_split)
