@@ -48,7 +48,9 @@ def _once(backward: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(backward)
     def marked(ctx: Any, gradient: torch.Tensor) -> Any:
-        if torch.is_grad_enabled() and not gradient.requires_grad:
+        if not torch.is_grad_enabled():
+            return backward(ctx, gradient)
+        if not gradient.requires_grad:
             gradient = gradient.detach().requires_grad_()
         return refusing(ctx, gradient)
 
@@ -67,7 +69,7 @@ def rows_of(base: Base, dtype: torch.dtype) -> Base:
 
 
 def _wanted(gradients: Any, needs: tuple[bool, ...]) -> list[torch.Tensor | None]:
-    return [g if need else None for g, need in zip(gradients, needs, strict=True)]
+    return [g if need else None for g, need in zip(gradients, needs)]  # noqa: B905
 
 
 class Onto:
@@ -157,7 +159,8 @@ class PeraFunction(torch.autograd.Function):
     @_once
     def backward(ctx, dy):
         x, u, weight, A, B, h, seed = ctx.saved_tensors
-        needs = (ctx.needs_input_grad[0], *ctx.needs_input_grad[4:7])
+        need_x, _, _, need_out, *rest = ctx.needs_input_grad[:7]
+        needs = (need_x, *rest)
         gradients: Any = (None,) * 4
         if any(needs):
             rows = None if x is None else tokens(x)
@@ -170,8 +173,9 @@ class PeraFunction(torch.autograd.Function):
                 else:
                     gradients = backend.backward(dy, saved, ctx.options, needs)
         dx, dA, dB, dh = _wanted(gradients, needs)
-        dx = None if dx is None else dx.view(ctx.shape)
-        dout = dy.view(*ctx.shape[:-1], dy.shape[1]) if ctx.needs_input_grad[3] else None
+        if dx is not None and len(ctx.shape) != 2:
+            dx = dx.view(ctx.shape)
+        dout = dy.view(*ctx.shape[:-1], dy.shape[1]) if need_out else None
         return dx, None, None, dout, dA, dB, dh, None, None, None
 
 

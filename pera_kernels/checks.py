@@ -53,6 +53,8 @@ def check_model(model: object) -> None:
 
 def _number(name: str, value: object, accepted: str) -> float:
     """A real number as a float, infinite where it is too large for one."""
+    if type(value) is float:
+        return value
     if isinstance(value, bool) or not isinstance(value, Real):
         raise TypeError(f"{name} must be {accepted}; got {value!r} of type {type(value).__name__}")
     try:
@@ -220,6 +222,7 @@ def check_frozen(weight: torch.Tensor | None, bias: torch.Tensor | None) -> None
 
 
 def check_same_dtype(x: torch.Tensor, base: Base) -> None:
-    for name, tensor in zip(("weight", "bias", "base layer's output"), base, strict=True):
+    for place, tensor in enumerate(base):
         if tensor is not None and tensor.dtype != x.dtype:
+            name = ("weight", "bias", "base layer's output")[place]
             raise TypeError(f"{name} must have the dtype of x, {x.dtype}; got {tensor.dtype}")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -13,8 +12,7 @@ from .terms import Terms
 __all__ = ["Base", "Factors", "Options", "Saved", "tokens"]
 
 
-@dataclass(frozen=True)
-class Options:
+class Options(NamedTuple):
     """What is not a tensor, hashable. Below the public functions ``plan`` and ``backend`` are what
     was chosen, never ``"auto"``.
     """
@@ -59,4 +57,4 @@ class Saved(NamedTuple):
 def tokens(x: torch.Tensor) -> torch.Tensor:
     """All leading dimensions flattened: ``(..., N)`` -> ``(T, N)``; a view where strides allow."""
     # Not Size.numel(): it makes a symbolic size, as of an export, a constant.
-    return x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
+    return x if x.dim() == 2 else x.reshape(math.prod(x.shape[:-1]), x.shape[-1])

@@ -97,6 +97,18 @@ def pairs(r: int, terms: Terms = "full") -> list[tuple[int, int]]:
     return [(i, j) for i in range(r) for j in range(i, r) if min(j - i, r - j + i) in kept]
 
 
+def pair_rows(
+    r: int, terms: Terms, device: torch.device | str | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """i and j of :func:`pairs`, ``(L,)`` each. Made at every call, as :func:`circular_order` is."""
+    kept = offsets(r, terms)
+    if kept.stop <= 1:
+        lane = torch.arange(coefficient_count(r, terms), device=device)
+        return lane, lane
+    i, j = torch.triu_indices(r, r, kept.start, device=device)
+    return i, j
+
+
 def circular_order(r: int, terms: Terms, device: torch.device | str | None = None) -> torch.Tensor:
     """For each circular pair lane ``(L,)``, the position of its coefficient in the public order.
 

@@ -7,14 +7,17 @@ coefficients multiply φ(B) (φ(A) in dx) in at least float32, before the one ro
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from functools import lru_cache, reduce
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
+from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from .dropout import keep_mask, keep_scale
 from .operands import Base, Factors, Options, Saved
-from .terms import Terms, circular_order, expanded_rank, offsets
+from .terms import Terms, pair_rows
 
 __all__ = ["backward", "composes", "delta_backward", "delta_forward", "forward"]
 
@@ -22,6 +25,10 @@ __all__ = ["backward", "composes", "delta_backward", "delta_forward", "forward"]
 FEW_ROWS = 24
 # So it is given so many lanes at a time.
 BLOCK_LANES = 16
+# What is summed over is written out in blocks of so many elements.
+BLOCK_ELEMENTS = 2**17
+# Factors with so few elements cost calls, not traffic.
+FEW_ELEMENTS = 2**13
 
 # Composing W0 + ΔW takes 2 M N K operations where a factored pass takes 2 T (N + M) K. A training
 # step does two compositions and saves one pass of three, so by operations it pays from
@@ -55,16 +62,15 @@ def forward(
     """
     ys, us, kept = [], [], keep_scale(options.dropout_p)
     dropped = None if options.plan == "composed" else _dropped(x, seed, options)
-    for base, (A, B, h) in zip(bases, adapters, strict=True):
+    for base, adapter in zip(bases, adapters, strict=True):
         if dropped is None:
             assert base.weight is not None
-            weight = _composed(base.weight, Factors(A, B, h), options)
-            ys.append(F.linear(x, weight, base.bias))
+            ys.append(F.linear(x, _composed(base.weight, adapter, options), base.bias))
             us.append(x.new_empty(0))
             continue
         y = _output(x, base)
-        u = scaled_product(dropped, expand(A, options.terms, x.dtype).t(), kept)
-        phi_B = expand(B.t(), options.terms, x.dtype, coefficients(h, A.shape[0], options.terms))
+        phi_A, phi_B = _rounded(adapter, options.terms, x.dtype)
+        u = scaled_product(dropped, phi_A.t(), kept)
         _add_product(y, u, phi_B, options.scale)
         ys.append(y)
         us.append(u)
@@ -79,41 +85,44 @@ def backward(
     dx is the adapter's part alone where there is no dense weight.
     """
     x, u, weight, adapter, seed = saved
-    (A, B, h), terms, scale = adapter, options.terms, options.scale
+    (A, B, h), terms = adapter, options.terms
     need_x, need_A, need_B, need_h = needs
-    c, kept = coefficients(h, A.shape[0], options.terms), keep_scale(options.dropout_p)
-    composed = options.plan == "composed"
+    composed, kept = options.plan == "composed", keep_scale(options.dropout_p)
     dx = dA = dB = dh = None
     if need_x and weight is not None:
         dx = dy @ (_composed(weight, adapter, options) if composed else weight)
     dropped = None if x is None else _dropped(x, seed, options)
+    phi_A, phi_B = _expanded(adapter, terms)
     if (need_x and not composed) or need_A:
-        v = scaled_product(dy, expand(B.t(), terms, dy.dtype).t(), scale * kept)
+        v = scaled_product(dy, phi_B.to(dy.dtype).t(), options.scale * kept)
+    if need_B or need_h:
+        if u is None:
+            assert dropped is not None
+            u = scaled_product(dropped, expand(A, terms).to(dy.dtype).t(), kept)
+        dphi_B = scaled_product(u.t(), dy, options.scale)
+        dh = coefficient_gradient(dphi_B, phi_B, h) if need_h else None
+        dB = contract(dphi_B, phi_B, h, terms).t().to(B.dtype).contiguous()
+        del dphi_B
+    del phi_B
+    phi_A = expand(A, terms) if phi_A is None else phi_A
+    if need_A:
+        assert dropped is not None
+        dA = contract(v.t() @ dropped, phi_A, h, terms).to(A.dtype)
     if need_x and not composed:
-        phi_A = expand(A, terms, dy.dtype, c)
+        phi_A = weigh(phi_A, h).to(dy.dtype)
         if dx is not None and options.dropout_p == 0.0:
             _add_product(dx, v, phi_A, 1.0)
         else:
             part = _dropped(product(v, phi_A), seed, options)
             dx = part if dx is None else dx.add_(part)
-    if need_A:
-        assert dropped is not None
-        dA, _ = contract(v.t() @ dropped, A, terms, c)
-    if need_B or need_h:
-        if u is None:
-            assert dropped is not None
-            u = scaled_product(dropped, expand(A, terms, dy.dtype).t(), kept)
-        dB, dh = contract(scaled_product(u.t(), dy, scale), B.t(), terms, c, h if need_h else None)
-        dB = dB.t().contiguous()
     return dx, dA, dB, dh
 
 
 def delta_forward(adapter: Factors, options: Options) -> torch.Tensor:
     """ΔW ``(M, N)`` in the dtype of A."""
-    A, B, h = adapter
-    phi_B = expand(B.t(), options.terms, A.dtype, coefficients(h, A.shape[0], options.terms))
+    phi_A, phi_B = _rounded(adapter, options.terms, adapter.A.dtype)
     # Not in place: torch 2.8 refuses to trace that for what a Function returns.
-    return product(phi_B.t(), expand(A, options.terms, A.dtype)) * options.scale
+    return product(phi_B.t(), phi_A) * options.scale
 
 
 def delta_backward(
@@ -123,107 +132,134 @@ def delta_backward(
     (A, B, h), terms = adapter, options.terms
     need_A, need_B, need_h = needs
     dA = dB = dh = None
-    c = coefficients(h, A.shape[0], terms)
+    phi_A, phi_B = _expanded(adapter, terms)
+    phi_A = expand(A, terms) if phi_A is None else phi_A
     if need_A or need_h:
-        dphi_A = scaled_product(expand(B.t(), terms, G.dtype), G, options.scale)
-        dA, dh = contract(dphi_A, A, terms, c, h if need_h else None)
+        dphi_A = scaled_product(phi_B.to(G.dtype), G, options.scale)
+        dh = coefficient_gradient(dphi_A, phi_A, h) if need_h else None
+        dA = contract(dphi_A, phi_A, h, terms).to(A.dtype)
     if need_B:
-        dphi_B = scaled_product(expand(A, terms, G.dtype), G.t(), options.scale)
-        dB, _ = contract(dphi_B, B.t(), terms, c)
-        dB = dB.t().contiguous()
+        dphi_B = scaled_product(phi_A.to(G.dtype), G.t(), options.scale)
+        dB = contract(dphi_B, phi_B, h, terms).t().to(B.dtype).contiguous()
     return dA, dB, dh
 
 
-def coefficients(h: torch.Tensor | None, R: int, terms: Terms) -> torch.Tensor | None:
-    """c = (1, h) ``(K,)`` in circular order and at least float32; None where there is no h."""
-    if h is None:
-        return None
-    h = h.to(_at_least_float32(h.dtype))
-    return torch.cat([h.new_ones(R), h.index_select(0, circular_order(R, terms, h.device))])
-
-
-def expand(
-    factor: torch.Tensor, terms: Terms, dtype: torch.dtype, c: torch.Tensor | None = None
-) -> torch.Tensor:
-    """φ(factor) ``(K, C)`` of a factor ``(R, C)`` in circular order (Eq. 2, 3), times ``c (K,)``
-    if given; products are rounded once to ``dtype``.
+def _expanded(adapter: Factors, terms: Terms) -> tuple[torch.Tensor | None, torch.Tensor]:
+    """φ(A) ``(K, N)`` and φ(B)ᵀ ``(K, M)`` from one expansion, which saves calls. φ(A) is None of
+    large factors: made when φ(B) is done with, it saves memory.
     """
-    R, kept = factor.shape[0], offsets(factor.shape[0], terms)
-    if not kept:
-        return factor.to(dtype)
-    # A single product of equal dtypes is rounded once by PyTorch itself.
-    work = dtype if factor.dtype == dtype and c is None else _at_least_float32(factor.dtype)
-    rows = factor.to(work)
-    wrapped = torch.cat([rows, rows[: kept.stop - 1]])
-    rows = wrapped[:R]
-    # The partner of row l at the circular offset d is row (l + d) mod R: R rows from row d on.
-    partners = wrapped[kept.start :].unfold(0, R, 1).transpose(1, 2)
-    phi = torch.cat([rows.unsqueeze(0), partners])
-    phi[1:].mul_(rows)
-    # The last offset of an even rank has half as many pairs.
-    phi = phi.flatten(0, 1)[: expanded_rank(R, terms)]
-    return (phi if c is None else phi.mul_(c.unsqueeze(1))).to(dtype)
+    A, B = adapter.A, adapter.B.t()
+    if A.numel() + B.numel() > FEW_ELEMENTS:
+        return None, expand(B, terms)
+    phi = expand(torch.cat([A, B], 1), terms)
+    return phi[:, : A.shape[1]], phi[:, A.shape[1] :]
+
+
+def _rounded(
+    adapter: Factors, terms: Terms, dtype: torch.dtype
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """φ(A) ``(K, N)`` and c ∘ φ(B)ᵀ ``(K, M)`` in ``dtype``."""
+    phi_A, phi_B = _expanded(adapter, terms)
+    phi_B = weigh(phi_B, adapter.h).to(dtype)
+    phi_A = expand(adapter.A, terms) if phi_A is None else phi_A
+    return phi_A.to(dtype), phi_B
+
+
+def expand(factor: torch.Tensor, terms: Terms) -> torch.Tensor:
+    """φ ``(K, C)`` of a factor ``(R, C)`` in the order of ``h`` (Eq. 2, 3), in at least float32."""
+    rows = factor.to(_at_least_float32(factor.dtype)).contiguous()
+    if terms == "linear":
+        return rows
+    R, index = rows.shape[0], _indices(rows.shape[0], terms, rows.device)
+    phi = rows.index_select(0, index.first)
+    for products, second in _blocks(rows.shape[1], phi[R:], index.second, dim=0):
+        products.mul_(rows.index_select(0, second))
+    return phi
+
+
+def weigh(phi: torch.Tensor, c: torch.Tensor | None) -> torch.Tensor:
+    """φ with its products times ``c (L,)``, in place."""
+    if c is not None:
+        phi[phi.shape[0] - c.shape[0] :].mul_(c.unsqueeze(1))
+    return phi
+
+
+def coefficient_gradient(
+    dphi: torch.Tensor, phi: torch.Tensor, h: torch.Tensor | None
+) -> torch.Tensor:
+    """dh_ij = Σ dφ_ij ∘ f_i ∘ f_j, from dφ and φ ``(K, C)``."""
+    assert h is not None
+    (K, _), R = phi.shape, phi.shape[0] - h.shape[0]
+    sums = [(d * own).sum(1) for d, own in _blocks(K, dphi[R:], phi[R:])]
+    return reduce(torch.add, sums).to(h.dtype)
 
 
 def contract(
-    dphi: torch.Tensor,
-    factor: torch.Tensor,
-    terms: Terms,
-    c: torch.Tensor | None,
-    h: torch.Tensor | None = None,
-) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """df ``(R, C)`` of a factor ``(R, C)`` from dφ ``(K, C)``, and dh where ``h`` is given:
+    dphi: torch.Tensor, phi: torch.Tensor, h: torch.Tensor | None, terms: Terms
+) -> torch.Tensor:
+    """df ``(R, C)`` of a factor from dφ ``(K, C)``, which may be overwritten, and from φ:
 
-        df_i  = dφ_i + Σ_j c_ij dφ_ij ∘ f_j        a square counts twice
-        dh_ij = Σ dφ_ij ∘ f_i ∘ f_j
+        df_i = dφ_i + Σ_j h_ij dφ_ij ∘ f_j        a square counts twice
 
-    Lane l of the circular offset d adds to the rows l and l + d. At least float32 inside.
+    In the dtype of φ, of which the rows of the factor are the first.
     """
-    R, kept = factor.shape[0], offsets(factor.shape[0], terms)
-    work = _at_least_float32(dphi.dtype)
-    if not kept:
-        return dphi.to(factor.dtype), None if h is None else h.new_empty(0)
-    # The transpose of B is strided: what follows reads it many times.
-    rows, dphi = factor.to(work).contiguous(), dphi.to(work)
-    dh = None
-    if h is not None:
-        products = (dphi[R:] * expand(rows, terms, work)[R:]).sum(1)
-        order = circular_order(R, terms, h.device)
-        dh = torch.empty_like(h).index_copy(0, order, products.to(h.dtype))
-    if c is not None:
-        dphi = dphi * c.unsqueeze(1)
-    if torch.compiler.is_compiling():
-        return _gathered(dphi, rows, kept).to(factor.dtype), dh
-    wrapped = torch.cat([rows, rows[: kept.stop - 1]])
-    df = dphi[:R].clone()
-    for number, d in enumerate(kept):
-        block = dphi[R + number * R :][:R]
-        n = block.shape[0]
-        df[:n].addcmul_(block, wrapped[d : d + n])
-        # Row l + d, which for the last lanes is row l + d - R.
-        inside = min(n, R - d)
-        df[d : d + inside].addcmul_(block[:inside], rows[:inside])
-        if inside < n:
-            df[: n - inside].addcmul_(block[inside:], rows[inside:n])
-    return df.to(factor.dtype), dh
+    if h is None or h.shape[0] == 0:
+        return dphi.to(phi.dtype)
+    R, parts = phi.shape[0] - h.shape[0], []
+    index = _indices(R, terms, phi.device)
+    c = h * index.counts
+    for block, rows in _blocks(R * R, dphi, phi[:R]):
+        block = weigh(block.to(phi.dtype), c)
+        if terms == "square":
+            parts.append(block[:R] + block[R:].mul_(rows))
+            continue
+        products = block.index_select(0, index.lanes).view(R, R, -1)
+        if terms == "cross":
+            products.diagonal().zero_()
+        parts.append(block[:R] + products.mul_(rows).sum(1))
+    return parts[0] if len(parts) == 1 else torch.cat(parts, 1)
 
 
-def _gathered(dphi: torch.Tensor, rows: torch.Tensor, kept: range) -> torch.Tensor:
-    """The sums of :func:`contract` as one sum over the offsets and their negatives.
-
-    A compiler takes long over a loop that writes to slices. Of this it makes a single loop, without
-    the temporaries ``(2 D, R, C)`` that an eager evaluation would write.
+def _blocks(
+    length: int, *tensors: torch.Tensor, dim: int = 1
+) -> Iterable[tuple[torch.Tensor, ...]]:
+    """The tensors in blocks along ``dim`` of as many lines of ``length`` as stay in a cache. For a
+    compiler, which writes less out, there is one.
     """
-    (R, C), D, device = rows.shape, len(kept), rows.device
-    lane, number = torch.arange(R, device=device), torch.arange(2 * D, device=device).unsqueeze(1)
-    block, ahead = number % D, number < D
-    d = block + kept.start
-    # Row l stands in lane l with the row that is d ahead, and in the lane of the row d behind.
-    partner = torch.where(ahead, lane + d, lane + R - d) % R
-    # The last offset of an even rank has half as many pairs.
-    missing = dphi.new_zeros((D + 1) * R - dphi.shape[0], C)
-    blocks = torch.cat([dphi, missing])[R:].view(D, R, C)
-    return dphi[:R] + (blocks[block, torch.where(ahead, lane, partner)] * rows[partner]).sum(0)
+    count = max(1, BLOCK_ELEMENTS // max(1, length))
+    if tensors[0].shape[dim] <= count or torch.compiler.is_compiling():
+        return [tensors]
+    return zip(*(t.split(count, dim) for t in tensors), strict=True)
+
+
+class Indices(NamedTuple):
+    """Of which rows the lanes of φ are products, and where a row stands in them."""
+
+    # The row of a linear lane, i of a product (K,); j of a product (L,).
+    first: torch.Tensor
+    second: torch.Tensor
+    # The lane of the product of any two rows (R * R,); how often a product counts (L,).
+    lanes: torch.Tensor
+    counts: torch.Tensor
+
+
+def _indices(R: int, terms: Terms, device: torch.device) -> Indices:
+    traced = torch.compiler.is_compiling() or is_in_torch_dispatch_mode()
+    # What is made on a GPU may be part of a graph that is captured, or of one stream.
+    return _new_indices(R, terms, device) if traced or device.type != "cpu" else _kept(R, terms)
+
+
+@lru_cache(maxsize=256)
+def _kept(R: int, terms: Terms) -> Indices:
+    with torch.inference_mode(False):
+        return _new_indices(R, terms, torch.device("cpu"))
+
+
+def _new_indices(R: int, terms: Terms, device: torch.device) -> Indices:
+    i, j = pair_rows(R, terms, device)
+    rows, lanes = torch.arange(R, device=device), i.new_zeros(R, R)
+    lanes[i, j] = lanes[j, i] = torch.arange(R, R + i.shape[0], device=device)
+    return Indices(torch.cat([rows, i]), j, lanes.view(-1), 1.0 + (i == j))
 
 
 def scaled_product(a: torch.Tensor, b: torch.Tensor, scale: float) -> torch.Tensor:
@@ -270,9 +306,7 @@ def _summed_lane_by_lane(shape: Sequence[int], dtype: torch.dtype) -> bool:
 
 def _composed(weight: torch.Tensor, adapter: Factors, options: Options) -> torch.Tensor:
     """W0 + ΔW ``(M, N)`` in the weight's dtype."""
-    A, B, h = adapter
-    phi_A = expand(A, options.terms, weight.dtype)
-    phi_B = expand(B.t(), options.terms, weight.dtype, coefficients(h, A.shape[0], options.terms))
+    phi_A, phi_B = _rounded(adapter, options.terms, weight.dtype)
     return _add_product(weight.clone(), phi_B.t(), phi_A, options.scale)
 
 

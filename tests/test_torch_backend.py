@@ -1,44 +1,58 @@
-"""The ``torch`` backend's own pieces: φ in circular order, its contraction, sums in blocks."""
+"""The ``torch`` backend's own pieces: φ, its contraction, sums in blocks."""
 
 import pytest
 import torch
 
 import pera_kernels as pk
 from pera_kernels import torch_backend
-from pera_kernels.terms import TERMS, circular_order, coefficient_count, expanded_rank
+from pera_kernels.terms import TERMS, coefficient_count, expanded_rank
 from pera_kernels.testing import Case, check
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
-def circular(phi, r, terms):
-    """The rows of a reference φ ``(K, C)`` in circular order."""
-    return torch.cat([phi[:r], phi[r:][circular_order(r, terms)]])
+SIZES = [pytest.param(2**17, id="whole"), pytest.param(100, id="blocks")]
+
+
+@pytest.fixture(params=SIZES)
+def blocks(request, monkeypatch):
+    """All at once, or in blocks, as of large factors."""
+    monkeypatch.setattr(torch_backend, "BLOCK_ELEMENTS", request.param)
 
 
 @pytest.mark.parametrize("terms", TERMS)
 @pytest.mark.parametrize("r", [1, 2, 3, 8, 9])
-def test_expand_is_the_reference_in_circular_order(r, terms):
+def test_expand_is_the_reference(r, terms, blocks):
     factor = torch.randn(7, r).t()
-    phi = torch_backend.expand(factor, terms, torch.float32)
-    assert torch.equal(phi, circular(pk.reference.expand(factor, terms), r, terms))
+    assert torch.equal(torch_backend.expand(factor, terms), pk.reference.expand(factor, terms))
 
 
 @pytest.mark.parametrize("terms", TERMS)
 @pytest.mark.parametrize("r", [1, 2, 3, 8, 9])
-def test_contract_is_the_gradient_of_expand(r, terms):
+def test_contract_is_the_gradient_of_expand(r, terms, blocks):
     """And dh is that of the coefficients, whose product with φ is what dφ belongs to."""
     factor = torch.randn(r, 30, dtype=torch.float64, requires_grad=True)
     h = torch.randn(coefficient_count(r, terms), dtype=torch.float64, requires_grad=True)
     dphi = torch.randn(expanded_rank(r, terms), 30, dtype=torch.float64)
-    c = torch.cat([h.new_ones(r), h[circular_order(r, terms)]])
-    phi = c.unsqueeze(1) * circular(pk.reference.expand(factor, terms), r, terms)
-    expected = torch.autograd.grad(phi, [factor, h], dphi, materialize_grads=True)
+    phi = pk.reference.expand(factor, terms)
+    weighted = torch.cat([h.new_ones(r), h]).unsqueeze(1) * phi
+    expected = torch.autograd.grad(weighted, [factor, h], dphi, materialize_grads=True)
     with torch.no_grad():
-        own = torch_backend.coefficients(h, r, terms)
-        got = torch_backend.contract(dphi, factor, terms, own, h)
-    for gradient, exact in zip(got, expected, strict=True):
+        dh = torch_backend.coefficient_gradient(dphi, phi, h)
+        df = torch_backend.contract(dphi, phi, h, terms)
+    for gradient, exact in zip((df, dh), expected, strict=True):
         torch.testing.assert_close(gradient, exact)
+
+
+@pytest.mark.parametrize("plan", ["factored", "composed"])
+@pytest.mark.parametrize("op", ["pera_linear", "delta_weight"])
+def test_large_factors_under_the_numeric_rule(op, plan, monkeypatch):
+    """Which are expanded one by one, and summed over in blocks."""
+    monkeypatch.setattr(torch_backend, "FEW_ELEMENTS", 0)
+    monkeypatch.setattr(torch_backend, "BLOCK_ELEMENTS", 100)
+    case = Case(op=op, r=5, plan=plan, dropout_p=0.2 if plan == "factored" else 0.0)
+    failed = [str(v) for v in check(case, "torch") if not v.passed]
+    assert not failed, "\n".join(failed)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
