@@ -148,14 +148,6 @@ def test_phi_is_in_memory_from_some_4000_tokens_on(ops, monkeypatch):
     assert tiles.phi_in_memory(meta(4096, 4096), 160)
 
 
-def test_all_lanes_in_one_program_or_two_blocks_of_them():
-    assert tiles.pieces(160, 64, 4) == 3
-    assert tiles.pieces(256, 64, 4) == 4
-    assert tiles.pieces(576, 64, 4) == 2
-    assert tiles.pieces(576, 64, 1) == 1
-    assert tiles.pieces(32, 32, 4) == 1
-
-
 @pytest.mark.parametrize("size, expected", [(1, 16), (16, 16), (17, 32), (64, 64), (900, 64)])
 def test_blocks_shrink_to_small_sizes(size, expected):
     assert tiles.shrink(64, size) == expected

@@ -6,7 +6,6 @@ pointers; on a GPU it is the real thing.
 
 import ctypes
 import itertools
-from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -302,7 +301,7 @@ def test_a_failed_launch_is_raised_and_leaves_no_plan(device, plans, monkeypatch
 def test_options_are_part_of_the_key(device, plans):
     x, _, weight, bias, adapter = problem(device, torch.float32, torch.float32, "full")
     options = Options("full", 0.7, backend="triton")
-    for own in (options, replace(options, scale=0.9), replace(options, scale=1.1)):
+    for own in (options, options._replace(scale=0.9), options._replace(scale=1.1)):
         for _ in range(3):
             (y,), _ = ops.forward(x, [Base(weight, bias)], [adapter], None, own)
         (expected,), _ = ordinary(

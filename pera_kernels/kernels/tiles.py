@@ -190,14 +190,6 @@ def narrow(block: int, size: int, wanted: int) -> int:
     return block
 
 
-def pieces(lanes: int, block_k: int, most: int) -> int:
-    """How many accumulators of ``block_k`` lanes a program holds: all if ``most`` of them cover
-    ``lanes``, so that its input is read once. Otherwise two, for the fewest registers.
-    """
-    blocks = -(-lanes // block_k)
-    return blocks if blocks <= most else min(most, 2)
-
-
 @lru_cache(maxsize=32)
 def processor_count(device: torch.device) -> int:
     """Multiprocessors (compute units) of a GPU; a small stand-in for the CPU interpreter."""
