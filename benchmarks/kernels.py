@@ -159,7 +159,7 @@ def kernels(o: Operands) -> dict[str, Kernel]:
     add("copy x to y", lambda: o.y.copy_(o.x), on_y + on_y)
 
     memory, chip_a, chip_b = (
-        functools.partial(project, x, phi, out=o.out)
+        functools.partial(project, x, phi, out=o.out, whole=phi is phi_a)
         for x, phi in ((o.x, phi_a), (o.x, a), (o.dy, b))
     )
     add("x φᵀ, φ in memory", memory, skinny, lambda: projected(o.x, o.phi_a), o.out)

@@ -172,6 +172,22 @@ def decoder() -> str:
     return "\n\n".join(parts) or "Not measured."
 
 
+def host() -> str:
+    """Microseconds of an eager forward and backward on the host."""
+    parts = []
+    for own in load("host.jsonl"):
+        first = own.iloc[0]
+        cells = [f"{1e3 * ms:.0f}" for ms in own.median_ms]
+        table = own.assign(cell=cells).pivot(index="contender", columns="dtype", values="cell")
+        names = [name for name in CONTENDERS if name in set(own.contender)]
+        caption = (
+            f"Microseconds of forward + backward, {first.n}→{first.m}, T={first['T']}, "
+            f"r={first.r}, triton {first.triton}. {conditions(own)}."
+        )
+        parts.append(f"{markdown(table.loc[names].reset_index())}\n\n{caption}")
+    return "\n\n".join(parts) or "Not measured."
+
+
 def plot_links() -> str:
     files = sorted((rows.RESULTS / "plots").glob("*.svg"))
     links = [f"![{path.stem.replace('-', ' ')}](results/plots/{path.name})" for path in files]
@@ -251,6 +267,7 @@ PARTS_HERE: dict[str, Callable[[], str]] = {
     "gpu benchmarks": partial(_layers, "gpu*.jsonl", ("both", "eval"), NOT_MEASURED),
     "gpu kernels": kernels,
     "decoder layer": decoder,
+    "host": host,
     "plots": plot_links,
 }
 

@@ -5,6 +5,7 @@ Kernels are compiled and launched with the arguments that ship, never run: a sig
 or an option that this Triton does not take is found here.
 """
 
+import json
 import os
 import shutil
 import subprocess
@@ -91,3 +92,14 @@ def test_every_launch_passes_the_launcher(dtypes, tmp_path):
     command = [sys.executable, "-c", LAUNCHES, *dtypes.split()]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_the_benchmark_of_the_host(tmp_path):
+    pytest.importorskip("peft", reason="LoRA is PEFT's")
+    out = tmp_path / "rows.jsonl"
+    command = [sys.executable, "-m", "benchmarks.host", "--rounds", "2", "--dtypes", "bfloat16"]
+    done = subprocess.run([*command, "--out", str(out)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    rows = [json.loads(line) for line in out.read_text().splitlines()]
+    assert {"frozen", "peft-lora", "torch", "triton"} <= {row["contender"] for row in rows}
+    assert all(row["median_ms"] > 0 and row["phase"] == "host" for row in rows)

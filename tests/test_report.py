@@ -123,3 +123,16 @@ def test_documents_are_what_the_committed_rows_say():
         assert path.read_text() == text, f"{path.name}: run python -m benchmarks.report"
     with pytest.raises(ValueError, match="exactly one part marked 'gpu benchmarks'"):
         report.render("no markers", report.PARTS, "README.md")
+
+
+def test_the_host_table_has_microseconds(folder):
+    host = {"phase": "host", "triton": "3.9"}
+    folder(
+        "host.jsonl",
+        {**host, "contender": "triton", "median_ms": 0.16},
+        {**host, "contender": "frozen", "median_ms": 0.02},
+        {**host, "contender": "frozen", "dtype": "bfloat16", "median_ms": 0.03},
+    )
+    table, caption = report.host().split("\n\n")
+    assert table.splitlines()[2:] == ["| frozen | 30 | 20 |", "| triton |  | 160 |"]
+    assert "triton 3.9" in caption and "0123456789ab" in caption
