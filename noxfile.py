@@ -41,6 +41,11 @@ QUICK = (
 )
 COMPILERS = ("triton==3.6.0", "triton==3.7.1", "triton")
 SUBSET = ("--terms", "full", "linear", "--ranks", "16", "--dtypes", "bf16", "--problems")
+# The kernel with the most registers: every architecture, rank, terms and dtype.
+CONTRACTIONS = (
+    *("--problems", "--kernels", "contract dA", "contract dA dropout", "contract dB dh"),
+    "contract G dA dh",
+)
 PERMISSIVE = (
     *("Apache", "BSD", "MIT", "ISC", "Python Software Foundation", "PSF", "Zlib", "CC0"),
     *("0BSD", "BSL", "Unlicense", "HPND"),
@@ -138,8 +143,8 @@ def audit(session: nox.Session) -> None:
 def compile_report(session: nox.Session, triton: str) -> None:
     """What the compiler of one Triton makes of the kernels: no new spill, tensor cores."""
     session.install("-e", ".", TORCH, NUMPY, triton)
-    options = session.posargs or SUBSET
-    session.run("python", "-m", "tools.compile_report", *options, env={"TRITON_INTERPRET": "0"})
+    for options in [session.posargs] if session.posargs else [SUBSET, CONTRACTIONS]:
+        session.run("python", "-m", "tools.compile_report", *options, env={"TRITON_INTERPRET": "0"})
 
 
 @nox.session

@@ -29,21 +29,11 @@ def test_shipped_configurations_are_clean():
     assert_clean(("--terms", "full", "--ranks", "16", "--dtypes", "bf16", "--archs", "sm_90"), 9)
 
 
-def test_the_contraction_at_r_32_does_not_spill_on_sm_100():
-    """The generic tile does: this architecture has one of its own."""
+def test_the_contraction_at_r_32_does_not_spill_on_other_architectures():
+    """It has the most registers; ``nox -s compile_report`` compiles all of it."""
     kernels = ("--kernels", "contract dB dh", "contract G dA dh")
-    shape = (
-        "--terms",
-        "full",
-        "--ranks",
-        "32",
-        "--dtypes",
-        "bf16",
-        "bf16+fp32",
-        "--archs",
-        "sm_100",
-    )
-    assert_clean((*shape, *kernels), 4)
+    adapters = ("--terms", "full", "--ranks", "32", "--dtypes", "bf16+fp32")
+    assert_clean((*kernels, *adapters, "--archs", "sm_80", "sm_100", "gfx942"), 6)
 
 
 @pytest.mark.slow
