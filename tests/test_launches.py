@@ -54,6 +54,8 @@ def test_launches_per_factored_call(r, terms, T, dropout_p, ops):
         )
     assert 4 <= len(calls) <= 6, calls
     assert all(side >= 1 for call in calls for side in call.grid)
+    options = {"num_warps", "num_stages", "maxnreg"}
+    assert all(call.arguments.keys() - options == {*call.kernel.arg_names} for call in calls)
 
 
 class Counted(TorchDispatchMode):

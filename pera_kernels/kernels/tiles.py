@@ -228,6 +228,9 @@ def projection(
     filling = wanted // rows if whole else fewest_bytes
     cuts = max(-(-lanes // (tile.block_k * tile.pieces)), min(filling, lanes // MIN_BLOCK))
     block_k = -(-lanes // (cuts * MIN_BLOCK)) * MIN_BLOCK
+    if block_t < 64:
+        # All warps stand side by side along the lanes: one accumulator.
+        block_k = min(tile.block_k, 1 << block_k.bit_length() - 1)
     pieces: list[tuple[int, int]] = []
     start = 0
     while start < block_k:
