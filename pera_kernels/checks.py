@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from .operands import Base, Factors, Options
-from .terms import check_terms, coefficient_count
+from .terms import coefficient_count
 
 FLOATING = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 BACKENDS = ("auto", "triton", "torch", "reference")
@@ -139,7 +139,6 @@ def check_adapter(A: object, B: object, h: object, terms: object) -> None:
     """
     if not isinstance(terms, str):
         raise TypeError(f"terms must be a string; got {terms!r} of type {type(terms).__name__}")
-    check_terms(terms)
     _check_tensor("A", A, 2)
     _check_tensor("B", B, 2)
     assert isinstance(A, torch.Tensor) and isinstance(B, torch.Tensor)
@@ -189,7 +188,7 @@ def check_input(x: torch.Tensor, base: Base, adapter: Factors) -> None:
         )
     if weight is not None:
         _check_tensor("weight", weight, 2)
-        if tuple(weight.shape) != (M, N):
+        if weight.shape != (M, N):
             raise ValueError(
                 f"weight must be ({M}, {N}) for B {tuple(B.shape)} and A {tuple(A.shape)}; "
                 f"got {tuple(weight.shape)}"
@@ -203,22 +202,24 @@ def check_input(x: torch.Tensor, base: Base, adapter: Factors) -> None:
             f"the base layer must return {(*x.shape[:-1], M)} for x of shape {tuple(x.shape)}; "
             f"got {tuple(base_out.shape)}"
         )
-    for name, tensor in (("weight", weight), ("bias", bias), ("base_out", base_out), ("A", A)):
-        if tensor is not None and tensor.device != x.device:
-            raise ValueError(f"{name} must be on the device of x, {x.device}; got {tensor.device}")
+    device = x.device
+    for place, tensor in enumerate((weight, bias, base_out, A)):
+        if tensor is not None and tensor.device != device:
+            name = ("weight", "bias", "base_out", "A")[place]
+            raise ValueError(f"{name} must be on the device of x, {device}; got {tensor.device}")
     if (A.dtype == torch.float64) != (x.dtype == torch.float64):
         raise TypeError(f"A must be float64 exactly where x is; got A {A.dtype} and x {x.dtype}")
     check_frozen(weight, bias)
 
 
 def check_frozen(weight: torch.Tensor | None, bias: torch.Tensor | None) -> None:
-    if torch.is_grad_enabled():
-        for name, tensor in (("weight", weight), ("bias", bias)):
-            if tensor is not None and tensor.requires_grad:
-                raise ValueError(
-                    f"{name} must not require grad: PERA trains A, B and h on a frozen base; "
-                    f"call {name}.requires_grad_(False)"
-                )
+    for tensor in (weight, bias):
+        if tensor is not None and tensor.requires_grad and torch.is_grad_enabled():
+            name = "weight" if tensor is weight else "bias"
+            raise ValueError(
+                f"{name} must not require grad: PERA trains A, B and h on a frozen base; "
+                f"call {name}.requires_grad_(False)"
+            )
 
 
 def check_same_dtype(x: torch.Tensor, base: Base) -> None:

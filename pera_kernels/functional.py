@@ -241,7 +241,8 @@ def _chosen(options: Options, x: torch.Tensor, base: Base, adapter: Factors) -> 
     and without gradients. A compiled graph stays factored: its number of tokens is symbolic.
     """
     o = options
-    dtypes = tuple(t.dtype for t in (x, *adapter) if t is not None)
+    A, B, h = adapter
+    dtypes = (x.dtype, A.dtype, B.dtype) if h is None else (x.dtype, A.dtype, B.dtype, h.dtype)
     backend, plan = _resolved(o.backend, x.device, dtypes), o.plan
     if plan == "composed" and o.dropout_p > 0.0:
         raise ValueError(f"plan='composed' takes no dropout; got dropout_p={o.dropout_p}")
@@ -250,13 +251,13 @@ def _chosen(options: Options, x: torch.Tensor, base: Base, adapter: Factors) -> 
             "plan='composed' needs a plain dense base weight; this base layer has none"
         )
     if plan == "auto":
-        K = adapter.A.shape[0] + (0 if adapter.h is None else adapter.h.shape[0])
+        K = A.shape[0] + (0 if h is None else h.shape[0])
         composed = (
             backend == "torch"
             and base.weight is not None
             and o.dropout_p == 0.0
             and not torch.compiler.is_compiling()
-            and adapter.A.dtype == x.dtype
+            and A.dtype == x.dtype
             and torch_backend.composes(x, base.weight, K)
         )
         plan = "composed" if composed else "factored"

@@ -100,14 +100,14 @@ def backward(
             assert dropped is not None
             u = scaled_product(dropped, expand(A, terms).to(dy.dtype).t(), kept)
         dphi_B = scaled_product(u.t(), dy, options.scale)
-        dh = coefficient_gradient(dphi_B, phi_B, h) if need_h else None
-        dB = contract(dphi_B, phi_B, h, terms).t().to(B.dtype).contiguous()
+        dB, dh = contract(dphi_B, phi_B, h, terms, need_h)
+        dB = dB.t().to(B.dtype).contiguous()
         del dphi_B
     del phi_B
     phi_A = expand(A, terms) if phi_A is None else phi_A
     if need_A:
         assert dropped is not None
-        dA = contract(v.t() @ dropped, phi_A, h, terms).to(A.dtype)
+        dA = contract(v.t() @ dropped, phi_A, h, terms)[0].to(A.dtype)
     if need_x and not composed:
         phi_A = weigh(phi_A, h).to(dy.dtype)
         if dx is not None and options.dropout_p == 0.0:
@@ -136,11 +136,11 @@ def delta_backward(
     phi_A = expand(A, terms) if phi_A is None else phi_A
     if need_A or need_h:
         dphi_A = scaled_product(phi_B.to(G.dtype), G, options.scale)
-        dh = coefficient_gradient(dphi_A, phi_A, h) if need_h else None
-        dA = contract(dphi_A, phi_A, h, terms).to(A.dtype)
+        dA, dh = contract(dphi_A, phi_A, h, terms, need_h)
+        dA = dA.to(A.dtype)
     if need_B:
         dphi_B = scaled_product(phi_A.to(G.dtype), G.t(), options.scale)
-        dB = contract(dphi_B, phi_B, h, terms).t().to(B.dtype).contiguous()
+        dB = contract(dphi_B, phi_B, h, terms)[0].t().to(B.dtype).contiguous()
     return dA, dB, dh
 
 
@@ -184,40 +184,40 @@ def weigh(phi: torch.Tensor, c: torch.Tensor | None) -> torch.Tensor:
     return phi
 
 
-def coefficient_gradient(
-    dphi: torch.Tensor, phi: torch.Tensor, h: torch.Tensor | None
-) -> torch.Tensor:
-    """dh_ij = Σ dφ_ij ∘ f_i ∘ f_j, from dφ and φ ``(K, C)``."""
-    assert h is not None
-    (K, _), R = phi.shape, phi.shape[0] - h.shape[0]
-    sums = [(d * own).sum(1) for d, own in _blocks(K, dphi[R:], phi[R:])]
-    return reduce(torch.add, sums).to(h.dtype)
-
-
 def contract(
-    dphi: torch.Tensor, phi: torch.Tensor, h: torch.Tensor | None, terms: Terms
-) -> torch.Tensor:
-    """df ``(R, C)`` of a factor from dφ ``(K, C)``, which may be overwritten, and from φ:
+    dphi: torch.Tensor,
+    phi: torch.Tensor,
+    h: torch.Tensor | None,
+    terms: Terms,
+    need_h: bool = False,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """df ``(R, C)`` of a factor from dφ ``(K, C)``, which may be overwritten, and φ, and dh:
 
-        df_i = dφ_i + Σ_j h_ij dφ_ij ∘ f_j        a square counts twice
+        df_i  = dφ_i + Σ_j h_ij dφ_ij ∘ f_j        a square counts twice
+        dh_ij = Σ dφ_ij ∘ f_i ∘ f_j
 
-    In the dtype of φ, of which the rows of the factor are the first.
+    df is in the dtype of φ.
     """
     if h is None or h.shape[0] == 0:
-        return dphi.to(phi.dtype)
-    R, parts = phi.shape[0] - h.shape[0], []
+        return dphi.to(phi.dtype), None if h is None else h.new_empty(0)
+    R, dfs, dhs = phi.shape[0] - h.shape[0], [], []
     index = _indices(R, terms, phi.device)
-    c = h * index.counts
-    for block, rows in _blocks(R * R, dphi, phi[:R]):
-        block = weigh(block.to(phi.dtype), c)
+    c = (h * index.counts).unsqueeze(1)
+    for block, own in _blocks(R * R, dphi, phi):
+        block = block.to(phi.dtype)
+        rows, products = own[:R], block[R:]
+        if need_h:
+            dhs.append((products * own[R:]).sum(1))
+        products.mul_(c)
         if terms == "square":
-            parts.append(block[:R] + block[R:].mul_(rows))
+            dfs.append(block[:R] + products.mul_(rows))
             continue
-        products = block.index_select(0, index.lanes).view(R, R, -1)
+        products = products.index_select(0, index.lanes).view(R, R, -1)
         if terms == "cross":
             products.diagonal().zero_()
-        parts.append(block[:R] + products.mul_(rows).sum(1))
-    return parts[0] if len(parts) == 1 else torch.cat(parts, 1)
+        dfs.append(block[:R] + products.mul_(rows).sum(1))
+    dh = reduce(torch.add, dhs).to(h.dtype) if need_h else None
+    return dfs[0] if len(dfs) == 1 else torch.cat(dfs, 1), dh
 
 
 def _blocks(
@@ -238,7 +238,7 @@ class Indices(NamedTuple):
     # The row of a linear lane, i of a product (K,); j of a product (L,).
     first: torch.Tensor
     second: torch.Tensor
-    # The lane of the product of any two rows (R * R,); how often a product counts (L,).
+    # The product of any two rows (R * R,); how often a product counts in df (L,).
     lanes: torch.Tensor
     counts: torch.Tensor
 
@@ -258,7 +258,7 @@ def _kept(R: int, terms: Terms) -> Indices:
 def _new_indices(R: int, terms: Terms, device: torch.device) -> Indices:
     i, j = pair_rows(R, terms, device)
     rows, lanes = torch.arange(R, device=device), i.new_zeros(R, R)
-    lanes[i, j] = lanes[j, i] = torch.arange(R, R + i.shape[0], device=device)
+    lanes[i, j] = lanes[j, i] = torch.arange(i.shape[0], device=device)
     return Indices(torch.cat([rows, i]), j, lanes.view(-1), 1.0 + (i == j))
 
 
