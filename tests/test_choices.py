@@ -12,13 +12,15 @@ pytestmark = pytest.mark.usefixtures("triton_backend")
 BF16, F32 = torch.bfloat16, torch.float32
 SIZES = {"T": 17, "N": 40, "M": 24, "r": 3}
 # On chip or in memory φ; the base product first or last; our kernels or the library.
+LIBRARY = {"library_projection": 1, "library_update": 1}
 CHOICES = {
-    "φ on chip, base first": {"products": 10**18, "base_last_tokens": None},
-    "φ on chip, base last": {"products": 10**18, "base_last_tokens": 1},
-    "φ in memory, base first": {"products": 0, "base_last_tokens": None},
-    "φ in memory, base last": {"products": 0, "base_last_tokens": 1},
-    "library, base first": {"products": 0, "base_last_tokens": None, "library_tokens": 1},
-    "library, base last": {"products": 0, "base_last_tokens": 1, "library_tokens": 1},
+    "φ on chip, base first": {"products": 10**18, "base_last": None},
+    "φ on chip, base last": {"products": 10**18, "base_last": 1},
+    "φ in memory, base first": {"products": 0, "base_last": None},
+    "φ in memory, base last": {"products": 0, "base_last": 1},
+    "library, base first": {"products": 0, "base_last": None, **LIBRARY},
+    "library, base last": {"products": 0, "base_last": 1, **LIBRARY},
+    "φ on chip, update by the library": {"products": 10**18, "library_update": 1},
 }
 
 

@@ -87,7 +87,7 @@ def test_layers_that_share_x_read_it_once_and_copy_nothing(T, count, ops):
     names = [call.kernel.__name__ for call in calls]
     assert names.count("project_kernel") == 1 and names.count("accumulate_kernel") == count
     assert len(names) == 2 + count
-    last = tiles.choices(x.device).base_last(T)
+    last = T >= tiles.choices(x.device).base_last
     assert last == (T > 2000) and asked.names == ["addmm_" if last else "mm"] * count
 
 
@@ -132,11 +132,13 @@ def test_hardly_a_lane_is_computed_in_vain(r, T, blocks, whole):
 
 
 def test_choices_of_a_table_stand_over_the_generic_ones(monkeypatch):
-    tables = {"generic": {"library_tokens": 64, "products": 5}, "sm_90": {"library_tokens": None}}
+    tables = {"generic": {"base_last": 64, "products": 5}, "sm_90": {"base_last": None}}
     monkeypatch.setattr(tiles, "_read", lambda name: {"choices": tables.get(name, {})})
     load = tiles.load_choices.__wrapped__
-    assert load("sm_90") == tiles.Choices(products=5) and load("sm_80").library(64)
-    assert not load("sm_80").library(63) and not load("sm_90").library(10**9)
+    assert load("sm_90") == tiles.Choices(products=5, base_last=None)
+    assert load("sm_80") == tiles.Choices(products=5, base_last=64)
+    limits = [(load("sm_80").base_last, 64), (load("sm_80").base_last, 63), (None, 64)]
+    assert [tiles.reached(limit, meta(T, 8)) for limit, T in limits] == [True, False, False]
 
 
 def test_choices_of_shipped_tables_are_known():

@@ -69,7 +69,7 @@ GRIDS: dict[str, tuple[tuple[int, ...], ...]] = {
     ),
     "contract": (
         *((32, 64, 128), (32, 64, 128), (32, 64), _WARPS, _STAGES),
-        *(_PIECES, _ONE, _REGISTERS),
+        *(_PIECES, (1, 2), _REGISTERS),
     ),
     "compose": (
         *((64, 128, 256), (64, 128, 256), (32, 64), _WARPS, _STAGES),

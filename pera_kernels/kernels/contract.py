@@ -228,7 +228,8 @@ def contract(
     T, N = x.shape
     coefficients = coefficient_count(factor.r, factor.terms)
     tile = tiles.tile_for("contract", x.device, x.dtype, rows.dtype)
-    by = divide(T, N, lanes, factor.r, tile, tiles.processor_count(x.device))
+    processors = tile.programs * tiles.processor_count(x.device)
+    by = divide(T, N, lanes, factor.r, tile, processors)
     blocks_n = blocks(N, by.block_n)
     parts = by.splits * blocks(lanes, by.pieces * by.block_k)
     df_out, dh_out, sums = df, dh, []

@@ -56,10 +56,12 @@ def forward(tensors: Tensors, options: Options) -> list[torch.Tensor]:
             *phis, phi_stack = expand([*backs, stack], dtype=x.dtype)
             stack = in_memory(phi_stack)
         dropout = Dropout(options.dropout_p, seed)
-        library = whole and _by_library(x, dropout)
+        choices = tiles.choices(x.device)
+        library = whole and _by_library(choices.library_projection, x, dropout)
         u, pending = _projected(x, stack, dropout=dropout, whole=whole, library=library)
         if not whole:
             phis = expand(backs, pending, dtype=x.dtype)
+        library = _by_library(choices.library_update, x, dropout)
         us, ys = u.split(lanes, 1), []
         for (weight, _, _), start, own, phi in zip(bases, starts, us, phis, strict=True):
             last = _comes_last(weight, x)
@@ -95,7 +97,8 @@ def backward(tensors: Tensors, options: Options, needs: Sequence[bool]) -> list[
             dx = onto = dy @ own if onto is None else onto.addmm_(dy, own)
         if adds or need_A:
             whole = tiles.phi_in_memory(dy, lanes)
-            library = whole and _by_library(dy, dropout)
+            choices = tiles.choices(dy.device)
+            library = whole and _by_library(choices.library_projection, dy, dropout)
             if whole:
                 phi_b, phi_a = expand([bare_b, a], dtype=dy.dtype)
                 bare_b = in_memory(phi_b)
@@ -106,6 +109,7 @@ def backward(tensors: Tensors, options: Options, needs: Sequence[bool]) -> list[
             elif not whole:
                 (phi_a,) = expand([a], pending, dtype=dy.dtype)
             if adds:
+                library = _by_library(choices.library_update, dy, dropout)
                 dx = _updated(onto, v, phi_a, onto=onto, dropout=dropout, library=library)
                 if last:
                     dx.addmm_(dy, weight)
@@ -183,15 +187,14 @@ def _comes_last(weight: torch.Tensor | None, x: torch.Tensor) -> TypeGuard[torch
     not in float32, where an update that is far larger than the base would cost accuracy.
     """
     allowed = weight is not None and x.dtype == torch.bfloat16
-    return allowed and tiles.choices(x.device).base_last(x.shape[0])
+    return allowed and tiles.reached(tiles.choices(x.device).base_last, x)
 
 
-def _by_library(x: torch.Tensor, dropout: Dropout) -> bool:
-    """Whether products with an expansion in memory are PyTorch's. In float16 they would not
-    overflow where the reference does.
+def _by_library(tokens: int | None, x: torch.Tensor, dropout: Dropout) -> bool:
+    """Whether a product is PyTorch's, from so many tokens on. In float16 it would not overflow
+    where the reference does.
     """
-    allowed = x.dtype == torch.bfloat16 and dropout.p == 0.0
-    return allowed and tiles.choices(x.device).library(x.shape[0])
+    return x.dtype == torch.bfloat16 and dropout.p == 0.0 and tiles.reached(tokens, x)
 
 
 def _base(x: torch.Tensor, base: Base) -> torch.Tensor:

@@ -27,6 +27,7 @@ __all__ = [
     "phi_in_memory",
     "processor_count",
     "projection",
+    "reached",
     "tile_for",
 ]
 
@@ -78,19 +79,20 @@ class Choices:
     """From where on a call is computed another way; None is never.
 
     With more than ``products`` = T · N · lanes to a multiprocessor φ is put in memory before a
-    projection. From ``base_last_tokens`` on the update is written first and the base product is
-    added to it; from ``library_tokens`` on products with φ in memory are left to the GPU's library.
+    projection. From so many tokens on the update is written first and the base product is added to
+    it (``base_last``), a projection with φ in memory is left to the GPU's library
+    (``library_projection``), and the update is (``library_update``).
     """
 
     products: int = 20_000_000
-    base_last_tokens: int | None = 2048
-    library_tokens: int | None = None
+    base_last: int | None = 2048
+    library_projection: int | None = None
+    library_update: int | None = None
 
-    def base_last(self, T: int) -> bool:
-        return self.base_last_tokens is not None and self.base_last_tokens <= T
 
-    def library(self, T: int) -> bool:
-        return self.library_tokens is not None and self.library_tokens <= T
+def reached(tokens: int | None, x: torch.Tensor) -> bool:
+    """Whether x ``(T, N)`` has as many tokens as a choice asks for."""
+    return tokens is not None and tokens <= x.shape[0]
 
 
 class Projection(NamedTuple):
