@@ -43,8 +43,8 @@ COMPILERS = ("triton==3.6.0", "triton==3.7.1", "triton")
 SUBSET = ("--terms", "full", "linear", "--ranks", "16", "--dtypes", "bf16", "--problems")
 # The kernel with the most registers: every architecture, rank, terms and dtype.
 CONTRACTIONS = (
-    *("--problems", "--kernels", "contract dA", "contract dA dropout", "contract dB dh"),
-    "contract G dA dh",
+    *("--problems", "--kernels", "contract", "contract dropout", "contract dA"),
+    *("contract dB", "contract G"),
 )
 PERMISSIVE = (
     *("Apache", "BSD", "MIT", "ISC", "Python Software Foundation", "PSF", "Zlib", "CC0"),

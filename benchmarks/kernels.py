@@ -102,7 +102,7 @@ def kernels(o: Operands) -> dict[str, Kernel]:
     """Everything that is timed on these operands; the first one is the measure of a sample."""
     from pera_kernels.kernels.accumulate import accumulate
     from pera_kernels.kernels.compose import compose
-    from pera_kernels.kernels.contract import contract
+    from pera_kernels.kernels.contract import Contraction, contract
     from pera_kernels.kernels.expand import expand
     from pera_kernels.kernels.launch import Factor, in_memory
     from pera_kernels.kernels.project import project
@@ -175,12 +175,16 @@ def kernels(o: Operands) -> dict[str, Kernel]:
     add("y += u φ, cuBLAS", lambda: o.y.addmm_(o.u, o.phi_b, alpha=SCALE), skinny + on_y)
     add("y = u φ, cuBLAS", lambda: torch.mm(o.u, o.phi_b, out=o.y), skinny)
 
-    to_b = functools.partial(contract, o.u, o.dy, b_h, df=o.dB.t(), dh=o.dh, scale=1.0)
-    to_a = functools.partial(contract, o.u, o.x, a_h, df=o.dA, dh=None, scale=1.0)
+    job_b = Contraction(o.u, o.dy, b_h, o.dB.t(), o.dh, 1.0)
+    job_a = Contraction(o.u, o.x, a_h, o.dA, None, 1.0)
+    to_b, to_a, to_both = (
+        functools.partial(contract, jobs) for jobs in ([job_b], [job_a], [job_b, job_a])
+    )
     truth_b = functools.partial(o.contracted, o.dy, o.B.t(), with_dh=True)
     truth_a = functools.partial(o.contracted, o.x, o.A, with_dh=False)
     add("dφ(B) to dB and dh", to_b, skinny, truth_b, o.dB.t(), o.dh)
     add("dφ(A) to dA", to_a, skinny, truth_a, o.dA)
+    add("both in one launch", to_both, skinny + skinny)
     add("dφ, cuBLAS", lambda: o.u.t() @ o.dy, skinny)
     if o.x.is_cuda:
         single = functools.partial(torch.mm, o.u.t(), o.dy, out_dtype=torch.float32)

@@ -229,13 +229,13 @@ def accumulated(base, u, out):
 
 
 def contracted(left, x, f):
-    from pera_kernels.kernels.contract import contract
+    from pera_kernels.kernels.contract import Contraction, contract
     from pera_kernels.kernels.launch import Factor
     from pera_kernels.kernels.reduce import sum_partials
 
     df, dh = torch.empty(f.shape), torch.empty(6)
     factor = Factor(f, torch.ones(6), 3, "full")
-    sum_partials(contract(left, x, factor, df=df, dh=dh, scale=0.5))
+    sum_partials(contract([Contraction(left, x, factor, df, dh, 0.5)]))
     return torch.cat([df.flatten(), dh])
 
 

@@ -40,7 +40,7 @@ def test_what_is_not_finite_in_a_factor_stays_with_its_pairs(
     r, dtype, value, triton_backend, device
 ):
     """Zeros of a selecting product must not spread it: to other features, or other pairs' dh."""
-    from pera_kernels.kernels.contract import contract
+    from pera_kernels.kernels.contract import Contraction, contract
     from pera_kernels.kernels.launch import Factor
     from pera_kernels.kernels.reduce import sum_partials
 
@@ -48,7 +48,8 @@ def test_what_is_not_finite_in_a_factor_stays_with_its_pairs(
     rows, h = torch.ones(r, 20, device=device, dtype=dtype), torch.ones(r * (r + 1) // 2).to(device)
     rows[1, 3] = value
     df, dh = torch.empty(r, 20, device=device), torch.empty_like(h)
-    sum_partials(contract(left, x, Factor(rows, h, r, "full"), df=df, dh=dh, scale=1.0))
+    job = Contraction(left, x, Factor(rows, h, r, "full"), df, dh, 1.0)
+    sum_partials(contract([job]))
     assert dh.isfinite().tolist() == [1 not in pair for pair in pairs(r)]
     assert df.isfinite().all(0).tolist() == [n != 3 for n in range(20)]
 
@@ -61,24 +62,23 @@ def test_contraction_of_every_rank(r, triton_backend, device):
 
 
 @pytest.mark.parametrize(
-    "T, N, r, terms, programs, waves",
+    "T, features, r, terms, programs",
     [
-        (16384, 4096, 16, "full", 128, 1),
-        (16384, 4096, 16, "square", 128, 1),
-        (16384, 4096, 32, "full", 384, 3),
-        (16384, 1024, 16, "full", 128, 1),
-        (512, 4096, 16, "full", 96, 1),
-        (1, 4096, 16, "full", 96, 1),
+        (16384, (4096, 4096), 16, "full", 128),
+        (16384, (4096, 4096), 16, "square", 128),
+        (16384, (4096, 4096), 32, "full", 384),
+        (16384, (1024,), 16, "full", 128),
+        (512, (4096, 4096), 16, "full", 128),
+        (1, (4096, 1024), 16, "full", 120),
     ],
 )
-def test_contractions_fill_whole_waves(T, N, r, terms, programs, waves, triton_backend):
+def test_contractions_fill_whole_waves(T, features, r, terms, programs, triton_backend):
     from pera_kernels.kernels.contract import divide
 
-    lanes = lane_count(r, terms)
-    own = divide(T, N, lanes, r, tiles.Tile(64, 128, 64, 8, 4, 3), 132)
-    count = -(-N // own.block_n) * -(-lanes // (own.pieces * own.block_k)) * own.splits
-    assert (count, -(-count // 132)) == (programs, waves)
-    assert (own.splits - 1) * own.tokens < T <= own.splits * own.tokens
+    lanes, tile = lane_count(r, terms), tiles.Tile(64, 128, 64, 8, 4, 3)
+    own = divide(tuple((T, N) for N in features), lanes, r, tile, 132)
+    blocks_n = sum(-(-N // own.block_n) for N in features)
+    assert blocks_n * -(-lanes // (own.pieces * own.block_k)) * own.splits == programs
 
 
 def test_kernels_hash_with_the_constants_of_the_definition(triton_backend):

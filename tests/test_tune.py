@@ -90,7 +90,7 @@ if __name__ == "__main__":
     with compile_report.compilers(2) as pool:
         sweep = tune.Sweep(Namespace(out=Path(".")), torch.device("cpu"), pool)
         sound, spills = Tile(64, 64, 64, 8, 3, 3), Tile(64, 128, 128, 4, 2)
-        problem = tune.Job("contract dB dh", "full", 16, "bf16")
+        problem = tune.Job("contract", "full", 16, "bf16")
         kept = sweep._compiled("contract", "half", [sound, spills], [problem])
         assert kept == [sound], kept
         assert "spills" in sweep._unclean("contract", "half", spills)

@@ -117,19 +117,26 @@ class Operands:
         accumulate.accumulate(self.x, self.u, self.phi_a, out=y, scale=SCALE, dropout=drop)
         return {"y": y}
 
-    def contract(self, what: str, dropout: bool = False) -> Outputs:
+    def contract(self, *what: str, dropout: bool = False) -> Outputs:
         (A, B, h), drop = self.adapter, self.dropout if dropout else NO_DROPOUT
-        left, x, factor, df = {
-            "dA": (self.u, self.x, self.a, torch.empty_like(A)),
-            "dB dh": (self.u, self.dy, self.b, torch.empty_like(B).t()),
-            # The gradient of ΔW on φ(B).
-            "G": (self.phi_b.t(), self.weight, self.a, torch.empty_like(A)),
-        }[what]
-        dh = None if h is None or what == "dA" else torch.empty_like(h)
-        sums = contract.contract(left, x, factor, df=df, dh=dh, scale=SCALE, dropout=drop)
+        operands = {
+            "dA": (self.u, self.x, self.a),
+            "dB": (self.u, self.dy, self.b),
+            # The gradient of ΔW on φ(B) and on φ(A).
+            "G to A": (self.phi_b.t(), self.weight, self.a),
+            "G to B": (self.phi_a.t(), self.weight.t(), self.b),
+        }
+        jobs, outputs = [], Outputs()
+        for name in what:
+            df = torch.empty_like(B).t() if name.endswith("B") else torch.empty_like(A)
+            dh = None if h is None or name in ("dA", "G to B") else torch.empty_like(h)
+            masks = drop if name == "dA" else NO_DROPOUT
+            jobs.append(contract.Contraction(*operands[name], df, dh, SCALE, masks))
+            outputs |= {f"df {name}": df} | ({} if dh is None else {f"dh {name}": dh})
+        sums = contract.contract(jobs)
         if self.finish:
             reduce.sum_partials(sums)
-        return {"df": df} if dh is None else {"df": df, "dh": dh}
+        return outputs
 
     def compose(self) -> Outputs:
         return {"w": compose.compose(self.weight, self.phi_b, self.phi_a, scale=SCALE)}
@@ -156,10 +163,11 @@ VARIANTS: dict[str, Callable[[Operands], Outputs]] = {
     "project expanded dropout": partial(Operands.project, source="memory", dropout=True),
     "accumulate": Operands.accumulate,
     "accumulate dropout": partial(Operands.accumulate, dropout=True),
-    "contract dA": partial(Operands.contract, what="dA"),
-    "contract dA dropout": partial(Operands.contract, what="dA", dropout=True),
-    "contract dB dh": partial(Operands.contract, what="dB dh"),
-    "contract G dA dh": partial(Operands.contract, what="G"),
+    "contract": lambda own: own.contract("dB", "dA"),
+    "contract dropout": lambda own: own.contract("dB", "dA", dropout=True),
+    "contract dA": lambda own: own.contract("dA"),
+    "contract dB": lambda own: own.contract("dB"),
+    "contract G": lambda own: own.contract("G to A", "G to B"),
     "compose": Operands.compose,
     "layer": Operands.layer,
     "layer of 3": partial(Operands.layer, count=3),
@@ -190,14 +198,12 @@ def expected(own: Operands, dtype: torch.dtype) -> Outputs:
             return {"u": SCALE * x @ phi_a.t()}
         case "accumulate":
             return {"y": x + SCALE * u @ phi_a}
-        case "contract dA":
-            (df,) = gradients(A.detach().requires_grad_(), u.t() @ x)
-            return {"df": df}
-        case "contract dB dh":
+        case "contract":
             assert h is not None, "there is no dh where there are only linear terms"
+            (dA,) = gradients(A.detach().requires_grad_(), u.t() @ x)
             h = h.detach().requires_grad_()
-            df, dh = gradients(B.t().detach().requires_grad_(), u.t() @ dy, h)
-            return {"df": df, "dh": dh}
+            dB, dh = gradients(B.t().detach().requires_grad_(), u.t() @ dy, h)
+            return {"df dB": dB, "dh dB": dh, "df dA": dA}
         case "compose":
             return {"w": weight + SCALE * phi_b.t() @ phi_a}
     raise ValueError(f"there is no formula here for {own.job.variant!r}")

@@ -47,7 +47,7 @@ PROBLEMS: dict[str, tuple[tuple[str, ...], tuple[int, ...]]] = {
     "project": (("project A", "project B"), (512, 1024)),
     "project_expanded": (("project expanded",), (16384, 4096)),
     "accumulate": (("accumulate",), (16384, 4096, 512)),
-    "contract": (("contract dA", "contract dB dh"), (16384, 4096, 512)),
+    "contract": (("contract",), (16384, 4096, 512)),
     "expand": (("expand",), (16,)),
     "compose": (("compose",), (16,)),
 }

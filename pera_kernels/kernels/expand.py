@@ -72,7 +72,7 @@ def expand_kernel(
     FIRST: tl.constexpr,
     BLOCK_K: tl.constexpr,
     BLOCK_N: tl.constexpr,
-    BLOCKS_P: tl.constexpr,
+    SUM_BLOCKS: tl.constexpr,
 ):
     """c ∘ φ(f) (or φ(f) alone without h) of several factors of one rank, and beside them sums of
     partial results.
@@ -83,7 +83,7 @@ def expand_kernel(
     block = tl.program_id(0)
     for number in tl.static_range(len(factors)):
         block = _expand_tile(block, *factors[number], R, K, LANES, FIRST, BLOCK_K, BLOCK_N)
-    sum_tiles(block, sums, BLOCKS_P)
+    sum_tiles(block, sums, SUM_BLOCKS)
 
 
 def expand(

@@ -14,16 +14,24 @@ __all__ = ["Sum", "sum_partials"]
 
 # Elements of partial results that a program reads at once, and of how many results at most.
 ELEMENTS, MOST_PARTS = 2048, 64
-_ELEMENTS = tl.constexpr(ELEMENTS)
 
 
 @triton.jit
-def _sum_tile(block, partial_ptr, out_ptr, parts, numel, width, stride_out, BLOCK_P: tl.constexpr):
+def _sum_tile(
+    block,
+    partial_ptr,
+    out_ptr,
+    parts,
+    numel,
+    width,
+    stride_out,
+    BLOCK_P: tl.constexpr,
+    BLOCK_S: tl.constexpr,
+):
     """A block of out = Σ_p partial[p], in float32 and in a fixed order, if it has so many: what is
     left of ``block`` behind them. partial is contiguous (parts, numel); the rows of out, of
     ``width`` elements, lie ``stride_out`` apart.
     """
-    BLOCK_S: tl.constexpr = _ELEMENTS // BLOCK_P
     count = tl.cdiv(numel, BLOCK_S)
     if (block >= 0) & (block < count):
         offs = block.to(tl.int64) * BLOCK_S + tl.arange(0, BLOCK_S)
@@ -43,16 +51,16 @@ def _sum_tile(block, partial_ptr, out_ptr, parts, numel, width, stride_out, BLOC
 
 
 @triton.jit
-def sum_tiles(block, sums, BLOCKS_P: tl.constexpr):
+def sum_tiles(block, sums, SUM_BLOCKS: tl.constexpr):
     """The block of that number, counted through all blocks of all sums."""
     for number in tl.static_range(len(sums)):
-        block = _sum_tile(block, *sums[number], BLOCKS_P[number])
+        block = _sum_tile(block, *sums[number], *SUM_BLOCKS[number])
 
 
 @triton.jit
-def sum_partials_kernel(sums, BLOCKS_P: tl.constexpr):
+def sum_partials_kernel(sums, SUM_BLOCKS: tl.constexpr):
     """Independent sums of partial results in one launch; see ``_sum_tile``."""
-    sum_tiles(tl.program_id(0), sums, BLOCKS_P)
+    sum_tiles(tl.program_id(0), sums, SUM_BLOCKS)
 
 
 @dataclass(frozen=True)
@@ -67,14 +75,15 @@ class Sum:
 
 def sum_arguments(sums: Sequence[Sum]) -> tuple[int, dict[str, object]]:
     """How many blocks the sums have, and what a kernel with :func:`sum_tiles` is told of them."""
-    count, jobs, blocks_p = 0, [], []
+    count, jobs, sum_blocks = 0, [], []
     for own in sums:
         parts, numel = own.partial.shape[0], own.partial.stride(0)
         block_p = min(1 << (parts - 1).bit_length(), MOST_PARTS)
-        count += blocks(numel, ELEMENTS // block_p)
+        block_s = ELEMENTS // block_p
+        count += blocks(numel, block_s)
         jobs.append((own.partial, own.out, parts, numel, own.width, own.stride))
-        blocks_p.append(block_p)
-    return count, {"sums": tuple(jobs), "BLOCKS_P": tuple(blocks_p)}
+        sum_blocks.append((block_p, block_s))
+    return count, {"sums": tuple(jobs), "SUM_BLOCKS": tuple(sum_blocks)}
 
 
 def sum_partials(sums: Sequence[Sum]) -> None:

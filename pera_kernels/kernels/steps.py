@@ -17,7 +17,7 @@ from ..torch_backend import scaled_product
 from . import tiles
 from .accumulate import accumulate
 from .compose import compose
-from .contract import contract
+from .contract import Contraction, contract
 from .expand import expand
 from .launch import NO_DROPOUT, Dropout, Factor, in_memory, on_device
 from .plan import Tensors
@@ -115,7 +115,7 @@ def backward(tensors: Tensors, options: Options, needs: Sequence[bool]) -> list[
                     dx.addmm_(dy, weight)
         if dx is None:
             dx = dy.new_empty(0)
-        sums = []
+        jobs = []
         if need_B or need_h:
             if u is None:
                 assert x is not None
@@ -123,11 +123,11 @@ def backward(tensors: Tensors, options: Options, needs: Sequence[bool]) -> list[
                 _finish(pending)
             # dh comes with the contraction to dB, from u and dy: it never asks for x.
             df, dh_out = dB.t() if need_B else None, dh if need_h else None
-            sums += contract(u, dy, b, df=df, dh=dh_out, scale=options.scale)
+            jobs.append(Contraction(u, dy, b, df, dh_out, options.scale))
         if need_A:
             assert x is not None
-            sums += contract(v, x, a, df=dA, dh=None, scale=1.0, dropout=dropout)
-        sum_partials(sums)
+            jobs.append(Contraction(v, x, a, dA, None, 1.0, dropout))
+        sum_partials(contract(jobs))
     return [dx, dA, dB, dh]
 
 
@@ -153,13 +153,13 @@ def delta_backward(tensors: Tensors, options: Options, needs: Sequence[bool]) ->
     with on_device(G.device):
         bare = [Factor(B.t(), None, r, terms), Factor(A, None, r, terms)]
         phi_b, phi_a = expand(bare, dtype=G.dtype)
-        sums = []
+        jobs = []
         if need_A or need_h:
             df, dh_out = dA if need_A else None, dh if need_h else None
-            sums += contract(phi_b.t(), G, a, df=df, dh=dh_out, scale=scale)
+            jobs.append(Contraction(phi_b.t(), G, a, df, dh_out, scale))
         if need_B:
-            sums += contract(phi_a.t(), G.t(), b, df=dB.t(), dh=None, scale=scale)
-        sum_partials(sums)
+            jobs.append(Contraction(phi_a.t(), G.t(), b, dB.t(), None, scale))
+        sum_partials(contract(jobs))
     return [dA, dB, dh]
 
 

@@ -7,7 +7,7 @@ tiles and bytes are those that ship.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import Any, NamedTuple
@@ -33,9 +33,10 @@ LAUNCH_US = 2.5
 PADDED: dict[str, dict[str, tuple[str, ...]]] = {
     "project_kernel": {"T": ("BLOCK_T",), "N": ("BLOCK_N",), "LANES": ("PIECES", "BLOCK_K")},
     "accumulate_kernel": {"T": ("BLOCK_T",), "M": ("BLOCK_M",), "lanes": ("BLOCK_K",)},
-    "contract_kernel": {"T": ("BLOCK_T",), "N": ("BLOCK_N",), "lanes": ("PIECES", "BLOCK_K")},
     "compose_kernel": {"M": ("BLOCK_M",), "N": ("BLOCK_N",), "lanes": ("BLOCK_K",)},
 }
+# The same for T, N and lanes of each product of contract_kernel.
+CONTRACTED = (("BLOCK_T",), ("BLOCK_N",), ("PIECES", "BLOCK_K"))
 # Where the matrices of a product stand among the arguments of PyTorch's operator.
 PRODUCTS = {"mm": 0, "bmm": 0, "addmm": 1, "addmm_": 1, "baddbmm": 1, "baddbmm_": 1}
 NO_WORK = ("empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "_unsafe_view")
@@ -222,14 +223,28 @@ def _step(call: Launch | _Operator, share: float, base: list[int]) -> Step:
         return Step(f"{name} {'×'.join(map(str, sizes))}", live, operations, moved)
     name, given = call.kernel.fn.__name__, call.arguments
     moved = sum(tensor.nbytes for tensor in tensors(tuple(given.values())))
+    if name == "contract_kernel":
+        products = [
+            _padded((*x.shape, left.shape[1]), CONTRACTED, given) for left, x, *_ in given["jobs"]
+        ]
+        live, issued = map(sum, zip(*products, strict=True))
+        return Step(name, live * share, issued, moved, call)
     if name not in PADDED:
         if "PRECISION" in given:
             raise ValueError(f"{name} computes products: PADDED has to say of which sizes")
         return Step(name, 0, 0, moved, call)
     sizes = [given[size] for size in PADDED[name]]
-    tiles = [_tile(given[block] for block in blocks) for blocks in PADDED[name].values()]
+    live, issued = _padded(sizes, PADDED[name].values(), given)
+    return Step(name, live * share, issued, moved, call)
+
+
+def _padded(
+    sizes: Sequence[int], blocks: Iterable[tuple[str, ...]], given: Mapping[str, Any]
+) -> tuple[int, int]:
+    """The operations of a product of these sizes, and with the blocks that they are padded to."""
+    tiles = [_tile(given[name] for name in names) for names in blocks]
     padded = [-(-size // tile) * tile for size, tile in zip(sizes, tiles, strict=True)]
-    return Step(name, 2 * math.prod(sizes) * share, 2 * math.prod(padded), moved, call)
+    return 2 * math.prod(sizes), 2 * math.prod(padded)
 
 
 def _tile(blocks: Iterable[Any]) -> int:
