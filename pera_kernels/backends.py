@@ -7,6 +7,7 @@ from types import ModuleType
 
 import torch
 
+from . import torch_backend
 from .checks import check_backend
 from .kernels import interpreting
 
@@ -76,6 +77,4 @@ def implementation(backend: str) -> ModuleType:
         from .kernels import ops
 
         return ops
-    from . import torch_backend
-
     return torch_backend

@@ -167,9 +167,11 @@ def _rounded(
 
 def expand(factor: torch.Tensor, terms: Terms) -> torch.Tensor:
     """φ ``(K, C)`` of a factor ``(R, C)`` in the order of ``h`` (Eq. 2, 3), in at least float32."""
-    rows = factor.to(_at_least_float32(factor.dtype)).contiguous()
+    rows = factor.to(_at_least_float32(factor.dtype))
     if terms == "linear":
         return rows
+    # The transpose of B is strided: what follows reads whole rows many times.
+    rows = rows.contiguous()
     R, index = rows.shape[0], _indices(rows.shape[0], terms, rows.device)
     phi = rows.index_select(0, index.first)
     for products, second in _blocks(rows.shape[1], phi[R:], index.second, dim=0):
