@@ -261,7 +261,7 @@ def _new_indices(R: int, terms: Terms, device: torch.device) -> Indices:
     i, j = pair_rows(R, terms, device)
     rows, lanes = torch.arange(R, device=device), i.new_zeros(R, R)
     lanes[i, j] = lanes[j, i] = torch.arange(i.shape[0], device=device)
-    return Indices(torch.cat([rows, i]), j, lanes.view(-1), 1.0 + (i == j))
+    return Indices(torch.cat([rows, i]), j, lanes.view(-1), 1 + (i == j))
 
 
 def scaled_product(a: torch.Tensor, b: torch.Tensor, scale: float) -> torch.Tensor:
