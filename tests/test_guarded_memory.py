@@ -289,18 +289,24 @@ def relaunch(call, grid, **changes):
     call.kernel[grid](**call.arguments | changes)
 
 
-@pytest.mark.parametrize("which, apart", [("df", "stride_df_split"), ("dh", "coefficients")])
+@pytest.mark.parametrize("which, apart", [("df", "stride_df_split"), ("dh", "stride_dh")])
 def test_a_contraction_writes_far_partial_sums(which, apart, sparse, interpreted):
     """Partial sums of df lie R · N apart, those of dh L: their number times that may pass 2**31."""
+    from pera_kernels.kernels.contract import _contract_tile
     from pera_kernels.kernels.launch import recorded
 
     with recorded() as calls:
         contracted(torch.randn(900, 16), torch.randn(900, 7), torch.randn(3, 7))
-    partial = calls[0].arguments[f"{which}_ptr"].zero_()
+    (job,) = calls[0].arguments["jobs"]
+    names = _contract_tile.arg_names[1 : 1 + len(job)]
+    (partial,) = job[names.index(f"{which}_ptrs")]
+    partial.zero_()
     assert partial.dim() == 2 and partial.shape[0] > 3, "the sums were not split"
     far, stride = sparse(partial, (FAR["product"], 1)), FAR["product"]
     relaunch(calls[0], calls[0].grid)
-    relaunch(calls[0], calls[0].grid, **{f"{which}_ptr": far, apart: stride})
+    changes = {f"{which}_ptrs": (far,), apart: stride}
+    moved = tuple(changes.get(name, own) for name, own in zip(names, job, strict=True))
+    relaunch(calls[0], calls[0].grid, jobs=(moved,))
     assert torch.equal(far, partial) and partial.any()
 
 

@@ -114,7 +114,7 @@ _TABLE: dict[str, tuple[tuple[str, str, str, tuple[str, ...]], ...]] = {
          "offs_k.to(tl.int64)[None, :] * stride_left_k", "offs_k[None, :] * stride_left_k",
          FAR_LANES),
         ("partial sums of a gradient are addressed in 32 bits",
-         "split.to(tl.int64) * R * N", "split * R * N", FAR_SUMS),
+         "split.to(tl.int64) * stride_df_split", "split * stride_df_split", FAR_SUMS),
     ),
     "kernels/expand.py": (
         ("members of a stack are written over each other",

@@ -53,8 +53,10 @@ def _contract_tile(
     stride_x_n,
     stride_f_r,
     stride_f_n,
+    stride_df_split,
     stride_df_r,
     stride_df_n,
+    stride_dh,
     R: tl.constexpr,
     K: tl.constexpr,
     LANES: tl.constexpr,
@@ -137,7 +139,7 @@ def _contract_tile(
                     dh = tl.sum(of_i * f_i, axis=0) * scale
                     row = split_t * blocks_n + block_n
                     index = coefficient_index(i, j, R, K, FIRST)
-                    tl.store(dh_ptrs[0] + row.to(tl.int64) * (K - R) + index, dh, mask=is_pair)
+                    tl.store(dh_ptrs[0] + row.to(tl.int64) * stride_dh + index, dh, mask=is_pair)
                 if len(h_ptrs) == 1:
                     scales *= load_coefficients(h_ptrs[0], i, j, is_pair, R, K, FIRST)
             if HAS_DF:
@@ -154,7 +156,7 @@ def _contract_tile(
                 offs_r = tl.arange(0, R)
             tl.store(
                 df_ptrs[0]
-                + split.to(tl.int64) * R * N
+                + split.to(tl.int64) * stride_df_split
                 + offs_r[None, :] * stride_df_r
                 + offs_n[:, None] * stride_df_n,
                 round_to(df, df_ptrs[0].dtype.element_ty),
@@ -301,7 +303,8 @@ def contract(jobs: Sequence[Contraction]) -> list[Sum]:
                 *(() if given is None else (given,) for given in optional),
                 *(own.scale * drop.keep_scale, drop_threshold(drop.p), T, N, part),
                 *(*own.left.stride(), *own.x.stride(), *rows.stride()),
-                *((0, 0) if df is None else df.stride()),
+                *((0, 0, 0) if df is None else (df.numel(), *df.stride())),
+                coefficients,
             )
         )
     launch(
