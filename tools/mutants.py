@@ -72,7 +72,7 @@ _TABLE: dict[str, tuple[tuple[str, str, str, tuple[str, ...]], ...]] = {
         ("factors come to their lanes in sixteen bits",
          "tl.constexpr = 3 if", "tl.constexpr = 2 if", FACTORED),
         ("what is not finite spreads over the rank",
-         "tl.where(finite, part, 3e38)", "part", SPREAD),
+         "tl.where(finite, part, large)", "part", SPREAD),
         ("half of the seed is not used",
          "(seed >> 32).to(tl.uint32)", "seed.to(tl.uint32)", DROPOUT),
         ("from the second block of columns on the mask is another",

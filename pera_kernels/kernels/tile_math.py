@@ -55,10 +55,11 @@ def pick_columns(x, columns):
     PARTS: tl.constexpr = 3 if x.dtype == tl.float32 else 2
     rest = x.to(tl.float32)
     finite = rest - rest == 0.0
+    large = tl.full(x.shape, 3e38, tl.float32).to(tl.bfloat16)
     acc = tl.zeros((x.shape[0], columns.shape[0]), tl.float32)
     for _ in tl.static_range(PARTS):
         part, rest = take_bfloat16(rest)
-        acc = dot(tl.where(finite, part, 3e38), select, acc, "ieee")
+        acc = dot(tl.where(finite, part, large), select, acc, "ieee")
     return acc
 
 
