@@ -92,15 +92,19 @@ class Onto:
         _, count = self._sums.get(now, (None, 0))
         self._sums[now] = dx, count + 1
         if count == 0:
+            # A pass that does not ask for dx never finishes the sum.
             end = functools.partial(self._end, now)
             torch.autograd.Variable._execution_engine.queue_callback(end)
 
     def _end(self, ended: int) -> None:
-        del self._sums[ended]
+        self._sums.pop(ended, None)
 
-    def holds(self, parts: list[torch.Tensor]) -> bool:
-        """Whether these, which this pass has brought to x, are all of the sum and nothing else."""
-        dx, count = self._sums[torch._C._current_graph_task_id()]
+    def finish(self, parts: list[torch.Tensor]) -> bool:
+        """Whether these, which this pass has brought to x, are all of the sum and nothing else.
+
+        The sum is let go: autograd copies a gradient that somebody else holds.
+        """
+        dx, count = self._sums.pop(torch._C._current_graph_task_id())
         return len(parts) == count and all(part.data_ptr() == dx.data_ptr() for part in parts)
 
 
@@ -116,7 +120,7 @@ class SharedInput(torch.autograd.Function):
     @staticmethod
     def backward(ctx, *gradients):
         parts = [part for part in gradients if part is not None]
-        if not ctx.onto.holds(parts):
+        if not ctx.onto.finish(parts):
             raise RuntimeError(
                 "a hook on the grad_fn of an adapted layer's output replaced the gradient of an "
                 "input that it shares with other layers; pera_kernels.shared_inputs(model, ()) "

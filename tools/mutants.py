@@ -152,7 +152,7 @@ _TABLE: dict[str, tuple[tuple[str, str, str, tuple[str, ...]], ...]] = {
         ("u is not kept for dh alone", "need_u, composed = need_B or need_h,",
          "need_u, composed = need_B,", REQUESTED),
         ("a base layer that is called gets no gradient",
-         "if ctx.needs_input_grad[3] else None", "if False else None",
+         "if need_out else None", "if False else None",
          ("tests/test_module.py",)),
     ),
     "adapters/shared_inputs.py": (
