@@ -67,6 +67,7 @@ def test_what_is_asked_for_is_not_sampled():
 
 
 def test_default_shapes_reach_every_split(interpreter):
+    from pera_kernels.kernels.contract import _contract_tile
     from pera_kernels.kernels.launch import recorded
 
     with recorded() as calls:
@@ -78,8 +79,10 @@ def test_default_shapes_reach_every_split(interpreter):
         for name in ("project_kernel", "contract_kernel")
     )
     assert any(a["n_per_split"] < a["N"] for a in projections), "features were not split"
-    assert any(a["t_per_split"] < a["T"] for a in contractions), "tokens were not split"
-    assert any(a["PIECES"] * a["BLOCK_K"] < a["lanes"] for a in contractions), "nor lanes"
+    names = _contract_tile.arg_names[1:]
+    jobs = [dict(zip(names, job, strict=False)) for a in contractions for job in a["jobs"]]
+    assert any(job["t_per_split"] < job["T"] for job in jobs), "tokens were not split"
+    assert any(a["PIECES"] * a["BLOCK_K"] < a["LANES"] for a in contractions), "nor lanes"
 
 
 def test_what_it_prints(capsys):

@@ -196,7 +196,7 @@ def narrow(block: int, size: int, wanted: int) -> int:
 def processor_count(device: torch.device) -> int:
     """Multiprocessors (compute units) of a GPU; a small stand-in for the CPU interpreter."""
     if device.type == "cpu":
-        return 4
+        return 8
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
