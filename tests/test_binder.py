@@ -30,7 +30,7 @@ import torch
 from tools import stub_driver
 
 count = stub_driver.install()
-from pera_kernels.kernels import ops, plan
+from pera_kernels.kernels import ops, plan, tiles
 from pera_kernels.kernels.launch import recorded
 from pera_kernels.operands import Base, Factors, Options, Saved
 from pera_kernels.terms import TERMS, coefficient_count
@@ -77,9 +77,14 @@ layer("full", plan="composed")
 layer("full", T=31, N=71, M=51, r=3)
 layer("full", T=1, N=4096)
 layer("full", group=3)
-tiles.choices = lambda device: tiles.Choices(products=0)
-layer("full")
-layer("full", group=3)
+for choices in (
+    tiles.Choices(products=0),
+    tiles.Choices(products=0, base_last=1),
+    tiles.Choices(products=0, base_last=1, library_projection=1, library_update=1),
+):
+    tiles.choices = lambda device: choices
+    layer("full")
+    layer("full", group=3)
 """
 
 

@@ -54,7 +54,8 @@ def _sum_tile(
 def sum_tiles(block, sums, SUM_BLOCKS: tl.constexpr):
     """The block of that number, counted through all blocks of all sums."""
     for number in tl.static_range(len(sums)):
-        block = _sum_tile(block, *sums[number], *SUM_BLOCKS[number])
+        # Triton 3.4 unpacks no tuple of constants.
+        block = _sum_tile(block, *sums[number], SUM_BLOCKS[number][0], SUM_BLOCKS[number][1])
 
 
 @triton.jit
