@@ -232,6 +232,23 @@ def test_operands_that_share_memory_when_they_are_recorded(device, plans):
     assert len(made(plans)) == 2 and all(map(torch.equal, got, expected))
 
 
+@pytest.mark.parametrize("inference", [False, True])
+def test_what_is_copied_to_be_contiguous(inference, device, plans):
+    """The coefficients, the bias, and the factors of layers on one x whose strides differ."""
+
+    def call():
+        x, _, weight, bias, (A, B, h) = problem(device, torch.float32, torch.float32, "full")
+        bias, h = (torch.stack([t, t], 1)[:, 0] for t in (bias, h))
+        strided = Factors(A.t().contiguous().t(), B, h)
+        ys, us = ops.forward(
+            x, [Base(weight, bias)] * 2, [Factors(A, B, h), strided], None, Options("full", 0.5)
+        )
+        return ys + us
+
+    with torch.inference_mode(inference):
+        same(call, plans, 1)
+
+
 def test_strides_are_part_of_the_key(device, plans):
     same(lambda: step(device), plans, 2)
     x, dy, weight, bias, adapter = problem(device, torch.float32, torch.float32, "full")

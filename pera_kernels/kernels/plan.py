@@ -106,7 +106,8 @@ def _settings() -> tuple[Any, ...]:
 
 class _Recorder(TorchDispatchMode):
     """Notes, among the launches, which operators compute, and what is allocated. Views need not be
-    repeated: they are known by the memory they lie in.
+    repeated: they are known by the memory they lie in. In inference mode ``contiguous`` comes here
+    too, which may be none.
     """
 
     def __init__(self) -> None:
@@ -119,7 +120,7 @@ class _Recorder(TorchDispatchMode):
         result = func(*args, **kwargs)
         if func.overloadpacket in ALLOCATIONS:
             self.allocated.append(result)
-        elif _is_tensor(result) and not func.is_view:
+        elif _is_tensor(result) and not (func.is_view and _storage(result) == _storage(args[0])):
             rest = [own for own in args if not _is_tensor(own)]
             if any(map(_is_tensor, tree_leaves([rest, kwargs]))):
                 raise NotImplementedError(f"a plan of {func} with tensors in a list or by name")
