@@ -204,7 +204,7 @@ def contract(
         return dphi.to(phi.dtype), None if h is None else h.new_empty(0)
     R, dfs, dhs = phi.shape[0] - h.shape[0], [], []
     index = _indices(R, terms, phi.device)
-    c = (h * index.counts).unsqueeze(1)
+    c = (h.to(phi.dtype) * index.counts).unsqueeze(1)
     for block, own in _blocks(R * R, dphi, phi):
         block = block.to(phi.dtype)
         rows, products = own[:R], block[R:]

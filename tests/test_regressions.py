@@ -74,6 +74,28 @@ def test_float16_gradients_under_a_large_scale(terms, backend):
         assert verdict.passed, str(verdict)
 
 
+@pytest.mark.parametrize("terms", ["square", "full"])
+def test_a_square_counts_twice_though_its_coefficient_is_large(terms, backend, device):
+    """Twice 40000 is more than float16 has."""
+    A, B, h = (
+        torch.full(shape, value)
+        for shape, value in (
+            ((2, 3), 0.01),
+            ((3, 2), 0.01),
+            ((2 if terms == "square" else 3,), 4e4),
+        )
+    )
+    x, weight = torch.ones(4, 3), torch.zeros(3, 3)
+    gradients = []
+    for own, name in ((torch.float16, backend), (torch.float64, "reference")):
+        leaves = [t.to(device, own).requires_grad_() for t in (A, B, h)]
+        x, weight = x.to(device, own), weight.to(device, own)
+        y = pk.pera_linear(x, weight, *leaves, terms=terms, backend=name)
+        gradients.append(torch.autograd.grad(y.sum(), leaves))
+    for got, exact in zip(*gradients, strict=True):
+        torch.testing.assert_close(got.double(), exact, rtol=2e-2, atol=0.0)
+
+
 def test_no_coefficients_in_a_strided_tensor():
     """r = 1 has no cross terms; the third evaluation keeps the expansions."""
     x, weight = torch.randn(3, 8).half(), torch.randn(6, 8).half()
