@@ -207,3 +207,20 @@ def test_single_precision_is_exact_unless_torch_allows_tf32(allowed, expected, t
         assert dot_precision(torch.bfloat16) == "ieee"
     finally:
         torch.backends.cuda.matmul.allow_tf32 = before
+
+
+@pytest.mark.skipif(
+    not hasattr(torch.backends.cuda.matmul, "fp32_precision"), reason="PyTorch before 2.9"
+)
+@pytest.mark.parametrize("precision", ["ieee", "tf32"])
+def test_the_newer_setting_of_tf32(precision, triton_backend):
+    """PyTorch raises where one of the two is set and the other is read."""
+    from pera_kernels.kernels.launch import dot_precision
+
+    matmul = torch.backends.cuda.matmul
+    before = matmul.fp32_precision
+    matmul.fp32_precision = precision
+    try:
+        assert dot_precision(torch.float32) == precision
+    finally:
+        matmul.fp32_precision = before

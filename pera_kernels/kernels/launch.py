@@ -142,11 +142,16 @@ def on_device(device: torch.device) -> contextlib.AbstractContextManager[object]
     return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
 
 
+def allows_tf32() -> bool:
+    """Whether PyTorch's own setting allows tf32 in products of float32."""
+    matmul = torch.backends.cuda.matmul
+    # From PyTorch 2.9 on; after it was set allow_tf32 may not be read.
+    precision = getattr(matmul, "fp32_precision", None)
+    return bool(matmul.allow_tf32 if precision is None else precision == "tf32")
+
+
 def dot_precision(dtype: torch.dtype) -> str:
-    """float32 products are exact unless PyTorch's own setting allows tf32."""
-    if dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32:
-        return "tf32"
-    return "ieee"
+    return "tf32" if dtype == torch.float32 and allows_tf32() else "ieee"
 
 
 def addressable(factor: torch.Tensor) -> torch.Tensor:

@@ -26,7 +26,7 @@ from torch.utils._pytree import tree_leaves
 from triton import knobs
 from triton.runtime import driver
 
-from .launch import Launch, launching, on_device, start, starting
+from .launch import Launch, allows_tf32, launching, on_device, start, starting
 
 __all__ = ["run"]
 
@@ -97,7 +97,7 @@ def plannable(device: torch.device) -> bool:
 def _settings() -> tuple[Any, ...]:
     """What else decides which kernel a launch is compiled to."""
     return (
-        torch.backends.cuda.matmul.allow_tf32,
+        allows_tf32(),
         knobs.runtime.debug,
         getattr(knobs.compilation, "instrumentation_mode", None),
         getattr(knobs.compilation, "fpsan_homomorphic_casts", None),
