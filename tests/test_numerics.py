@@ -137,6 +137,24 @@ def test_strided_inputs(name, backend, device):
     same_as_contiguous(torch.randn(shape), make_view, backend, device)
 
 
+def test_tensors_that_are_negated_by_a_bit(backend, device):
+    """The imaginary part of a conjugate is one: here x, and the gradient of y."""
+    z, weight = torch.randn(6, 12, dtype=torch.complex64, device=device), torch.randn(9, 12)
+    A, B, h = torch.randn(3, 12), torch.randn(9, 3), torch.randn(6)
+    target, gradients, signs = torch.randn(6, 9, dtype=torch.complex64, device=device), [], []
+    x = z.conj().imag
+    assert x.is_neg()
+    for own, name in ((x, backend), (x.resolve_neg(), "reference")):
+        leaves = [t.detach().to(device).requires_grad_() for t in (own, A, B, h)]
+        y = pk.pera_linear(leaves[0], weight.to(device), *leaves[1:], backend=name)
+        y.register_hook(lambda dy: signs.append(dy.is_neg()))
+        loss = (torch.complex(torch.zeros_like(y), y).conj() * target).real.sum()
+        gradients.append([y, *torch.autograd.grad(loss, leaves)])
+    assert all(signs)
+    for got, expected in zip(*gradients, strict=True):
+        torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-3)
+
+
 def test_strided_parameters(backend, device):
     """B stored column-major, A as a slice, an expanded output gradient."""
     x, weight = torch.randn(6, 12, device=device), torch.randn(9, 12, device=device)

@@ -58,6 +58,9 @@ def run(op: Op, tensors: Tensors, *options: Any) -> list[torch.Tensor]:
     An op works on ``tensors``, of which the first is not None, and on what it allocates. It reads
     no values, and what it does depends on nothing that is not part of the key.
     """
+    if any(t is not None and t.is_neg() for t in tensors):
+        # Kernels read memory, where the sign of such a tensor is not.
+        tensors = [t if t is None else t.resolve_neg() for t in tensors]
     device = tensors[0].device
     if not (plannable(device) and starting()):
         return op(tensors, *options)
