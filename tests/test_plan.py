@@ -10,6 +10,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import pera_kernels as pk
 from pera_kernels.backends import unavailable
@@ -293,6 +294,15 @@ def test_as_many_plans_as_are_allowed(device, plans, monkeypatch):
         for _ in range(3):
             step(device, T=T)
         assert len(plans) <= 3
+
+
+def test_what_is_recorded_is_kept_nowhere_else(device, plans):
+    for T in (6, 6):
+        step(device, T=T)
+    kept = len(FakeTensorMode.cache)
+    for T in (7, 7):
+        step(device, T=T)
+    assert len(FakeTensorMode.cache) == kept
 
 
 def test_outputs_are_fresh_and_no_views(device, plans):

@@ -206,7 +206,9 @@ def _point(table: list[Any], pointers: Pointers, memory: torch.Tensor) -> None:
 
 def _record(op: Op, tensors: Tensors, options: Any, compiled: Iterable[Any]) -> _Plan:
     """The plan of an op whose launches were compiled to these kernels."""
-    with FakeTensorMode():
+    with FakeTensorMode() as mode:
+        # One for all modes, which keeps every configuration for good.
+        mode.cache_enabled = False
         given = [
             t if t is None else _empty(t.shape, t.stride(), t.dtype, t.device) for t in tensors
         ]
