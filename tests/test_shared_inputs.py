@@ -213,6 +213,14 @@ def test_another_mode_between_two_calls_is_seen(mode, together):
     assert together == [3]
 
 
+def test_another_stream_between_two_calls_is_seen(together, monkeypatch):
+    streams = iter([1, 1, 1, 1, 2, 1])
+    monkeypatch.setattr("pera_kernels.adapters.shared_inputs._stream", lambda device: next(streams))
+    model = adapted(kind=Projections)
+    model(torch.randn(5, 48))
+    assert together == [3] and model.q_proj.shared_inputs.dissolved
+
+
 @pytest.mark.parametrize(
     "change", ["merge", "disable", "hook", "rank", "eval", "subclass", "inference", "reference"]
 )

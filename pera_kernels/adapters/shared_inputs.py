@@ -143,8 +143,14 @@ def _state(x: torch.Tensor, call: SharedCall) -> tuple[Any, ...]:
         torch.is_grad_enabled(),
         torch.is_inference_mode_enabled(),
         autocast_dtype(x.device.type),
+        _stream(x.device),
         [(id(t), t._version) for t in _tensors(call)],
     )
+
+
+def _stream(device: torch.device) -> int | None:
+    """Where a GPU computes: another stream waits neither for outputs nor for gradients."""
+    return torch._C._cuda_getCurrentRawStream(device.index) if device.type == "cuda" else None
 
 
 class _PerThread(threading.local):
@@ -234,8 +240,8 @@ def shared_inputs(
 
     For every module of ``model``, adapted children with the names of one group are computed
     together when the module calls them on the same tensor: the kernels read x once in the forward.
-    A call with another tensor, changed parameters, dropout, hooks, sharded or quantized weights
-    makes a layer compute alone, as does ``torch.compile``. Outputs wait only inside one call of
+    A call with another tensor, on another stream, changed parameters, dropout, hooks, sharded or
+    quantized weights makes a layer compute alone, as does ``torch.compile``. Outputs wait only inside one call of
     that module's forward; a group dissolves for good where one of them is not asked for.
 
     Args:
