@@ -112,7 +112,7 @@ def apply_together(
         rows = [rows_of(base, x.dtype) for base in bases]
         backend = implementation(options.backend)
         ys, us = backend.forward(tokens(x), rows, adapters, None, options)
-    # float16 and float32 add gradients as they do for layers apart, see the kernels' ops.
+    # float16 and float32 add gradients as they do for layers apart, see the kernels' steps.
     adds = options.backend == "triton" and x.dtype == torch.bfloat16
     onto = Onto() if adds and x.requires_grad and torch.is_grad_enabled() else None
     xs = [x] * len(pairs) if onto is None else SharedInput.apply(x, len(pairs), onto)
