@@ -241,8 +241,9 @@ def shared_inputs(
     For every module of ``model``, adapted children with the names of one group are computed
     together when the module calls them on the same tensor: the kernels read x once in the forward.
     A call with another tensor, on another stream, changed parameters, dropout, hooks, sharded or
-    quantized weights makes a layer compute alone, as does ``torch.compile``. Outputs wait only inside one call of
-    that module's forward; a group dissolves for good where one of them is not asked for.
+    quantized weights makes a layer compute alone, as does ``torch.compile``. Outputs wait only
+    inside one call of that module's forward; a group dissolves for good where one of them is not
+    asked for.
 
     Args:
         names: groups of names of children; the default is a table of widespread ones
