@@ -100,15 +100,16 @@ def backward(tensors: Tensors, options: Options, needs: Sequence[bool]) -> list[
             choices = tiles.choices(dy.device)
             library = whole and _by_library(choices.library_projection, dy, dropout)
             if whole:
-                phi_b, phi_a = expand([bare_b, a], dtype=dy.dtype)
+                phi_b, *phi_as = expand([bare_b, a] if adds else [bare_b], dtype=dy.dtype)
                 bare_b = in_memory(phi_b)
             # s v is rounded, as autograd does to the reference: a small v underflows in float16.
             v, pending = _projected(dy, bare_b, scale=options.scale, whole=whole, library=library)
             if not adds:
                 _finish(pending)
             elif not whole:
-                (phi_a,) = expand([a], pending, dtype=dy.dtype)
+                phi_as = expand([a], pending, dtype=dy.dtype)
             if adds:
+                (phi_a,) = phi_as
                 library = _by_library(choices.library_update, dy, dropout)
                 dx = _updated(onto, v, phi_a, onto=onto, dropout=dropout, library=library)
                 if last:
