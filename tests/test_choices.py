@@ -44,11 +44,23 @@ def test_the_numeric_rule(chosen, device, poison):
     assert_passes(device, terms="full", dtype=BF16, adapter_dtype=F32)
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, F32], ids=str)
+def test_other_dtypes_have_one_order(dtype, device, monkeypatch):
+    """float16 keeps its infinities, float32 its accuracy: the base first, by our kernels."""
+    from pera_kernels.kernels import tiles
+
+    case, results = Case(**SIZES, dtype=dtype), []
+    for name in ("φ in memory, base first", "library, base last"):
+        made = tiles.Choices(**CHOICES[name])
+        monkeypatch.setattr(tiles, "choices", lambda device, made=made: made)
+        results.append(testing.run(case, testing.make_inputs(case, device), "triton"))
+    assert all(torch.equal(results[0][name], got) for name, got in results[1].items())
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("terms", TERMS)
 @pytest.mark.parametrize("dtype", [BF16, torch.float16, F32], ids=str)
 def test_the_numeric_rule_in_other_dtypes(dtype, terms, chosen, device, poison):
-    """float16 keeps its infinities, float32 its accuracy: they ask for the base first."""
     assert_passes(device, terms=terms, dtype=dtype)
 
 

@@ -51,6 +51,8 @@ DROPOUT = ("tests/test_dropout.py",)
 SPREAD = ("tests/test_kernels.py::test_what_is_not_finite_in_a_factor_stays_with_its_pairs",)
 FAR_LANES = ("tests/test_guarded_memory.py::test_operands_whose_rows_or_columns_lie_far_apart",)
 FAR_SUMS = ("tests/test_guarded_memory.py::test_a_contraction_writes_far_partial_sums",)
+PLANS = ("tests/test_plan.py",)
+CHOICES = ("tests/test_choices.py",)
 STRIDED = ("tests/test_numerics.py::test_strided_inputs",)
 
 # fmt: off
@@ -116,6 +118,21 @@ _TABLE: dict[str, tuple[tuple[str, str, str, tuple[str, ...]], ...]] = {
         ("partial sums of a gradient are addressed in 32 bits",
          "split.to(tl.int64) * stride_df_split", "split * stride_df_split", FAR_SUMS),
     ),
+    "kernels/plan.py": (
+        ("a plan is taken for other strides",
+         "layouts.append((t.shape, t.stride(), t.dtype))", "layouts.append((t.shape, t.dtype))",
+         PLANS),
+        ("a plan is taken for pointers that are not aligned",
+         "if pointers % ALIGNMENT:", "if pointers < 0:", PLANS),
+        ("scratch memory of one kernel is that of all",
+         "scratch += -(-value", "scratch += 0 * -(-value", PLANS),
+    ),
+    "kernels/steps.py": (
+        ("the base product that comes last replaces the update",
+         "y.addmm_(x, weight.t())", "y.addmm_(x, weight.t(), beta=0.0)", CHOICES),
+        ("float16 takes the base product last",
+         "weight is not None and x.dtype == torch.bfloat16", "weight is not None", CHOICES),
+    ),
     "kernels/expand.py": (
         ("members of a stack are written over each other",
          "number * lanes, N", "0 * lanes, N", STACKED),
@@ -151,6 +168,8 @@ _TABLE: dict[str, tuple[tuple[str, str, str, tuple[str, ...]], ...]] = {
     "autograd.py": (
         ("u is not kept for dh alone", "need_u, composed = need_B or need_h,",
          "need_u, composed = need_B,", REQUESTED),
+        ("the gradient of x that layers share is that of the last one",
+         "needs, ctx.onto.sum())", "needs, None)", SIBLINGS),
         ("a base layer that is called gets no gradient",
          "if need_out else None", "if False else None",
          ("tests/test_module.py",)),

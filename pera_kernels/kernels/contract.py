@@ -271,11 +271,14 @@ def divide(
 
 
 def contract(jobs: Sequence[Contraction]) -> list[Sum]:
-    """Contractions to factors of one rank and dtype, in one launch. Gradients that were split are
-    incomplete until the returned sums have run.
+    """Contractions to factors of one rank and dtype, in one launch (with dropout one for each).
+    Gradients that were split are incomplete until the returned sums have run.
     """
     if not jobs:
         return []
+    if len(jobs) > 1 and any(own.dropout.p > 0.0 for own in jobs):
+        # Triton 3.9 fails to compile them together for sm_100.
+        return [pending for own in jobs for pending in contract([own])]
     x, factor = jobs[0].x, jobs[0].factor
     lanes, coefficients = factor.lanes, coefficient_count(factor.r, factor.terms)
     tile = tiles.tile_for("contract", x.device, x.dtype, factor.rows.dtype)
