@@ -24,6 +24,11 @@ CHOICES = {
 }
 
 
+# What runs by default where every choice takes long.
+FEW = ("φ on chip, base last", "library, base last")
+EACH = [name if name in FEW else pytest.param(name, marks=pytest.mark.slow) for name in CHOICES]
+
+
 @pytest.fixture(params=CHOICES)
 def chosen(request, monkeypatch):
     from pera_kernels.kernels import tiles
@@ -64,10 +69,12 @@ def test_the_numeric_rule_in_other_dtypes(dtype, terms, chosen, device, poison):
     assert_passes(device, terms=terms, dtype=dtype)
 
 
+@pytest.mark.parametrize("chosen", EACH, indirect=True)
 def test_dropout(chosen, device, poison):
     assert_passes(device, terms="square", dtype=BF16, dropout_p=0.3)
 
 
+@pytest.mark.parametrize("chosen", EACH, indirect=True)
 def test_without_a_bias_and_with_a_strided_one(chosen, device, poison):
     p = testing.make_inputs(Case(**SIZES, dtype=BF16, adapter_dtype=F32), device)
     strided = torch.stack([p.bias, p.bias], 1)[:, 0]
@@ -99,6 +106,7 @@ def test_same_bits_with_and_without_gradients_and_again(chosen, device):
     assert torch.equal(layer.eval()(x), y) and all(map(torch.equal, first, again))
 
 
+@pytest.mark.parametrize("chosen", EACH, indirect=True)
 def test_compiled_and_checked_as_ops(chosen, device):
     from pera_kernels.kernels import ops
 

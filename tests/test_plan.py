@@ -160,7 +160,7 @@ def test_expansions_in_memory(device, plans, monkeypatch):
 
 def test_many_splits(device, plans, monkeypatch):
     monkeypatch.setattr(tiles, "processor_count", lambda device: 64)
-    same(lambda: step(device, T=70, N=150, M=130), plans, 2)
+    same(lambda: step(device, T=40, N=90, M=70), plans, 2)
 
 
 def test_no_tokens(device, plans):

@@ -361,7 +361,7 @@ class TestOneGradientOfX:
             adds.append(mode.count)
         assert adds[0] == 0 and adds[1] >= 2 and together == [3]
 
-    @pytest.mark.parametrize("used", [(0,), (1,), (2,), (0, 2), (2, 1), (0, 1, 2)])
+    @pytest.mark.parametrize("used", [(1,), (2, 0), (0, 1, 2)])
     def test_whichever_outputs_are_used(self, used, models, x, together):
         results = []
         for model in models:

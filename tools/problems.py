@@ -167,7 +167,7 @@ VARIANTS: dict[str, Callable[[Operands], Outputs]] = {
     "contract dropout": lambda own: own.contract("dB", "dA", dropout=True),
     "contract dA": lambda own: own.contract("dA"),
     "contract dB": lambda own: own.contract("dB"),
-    "contract G": lambda own: own.contract("G to A", "G to B"),
+    "contract G": lambda own: own.contract("G to A") | own.contract("G to B"),
     "compose": Operands.compose,
     "layer": Operands.layer,
     "layer of 3": partial(Operands.layer, count=3),
