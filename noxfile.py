@@ -148,7 +148,7 @@ def compile_report(session: nox.Session, triton: str) -> None:
 
 
 @nox.session
-@nox.parametrize("triton", (COMPILERS[0], COMPILERS[-1]), ids=["3.6.0", "newest"])
+@nox.parametrize("triton", COMPILERS, ids=["3.6.0", "3.7.1", "newest"])
 def binder(session: nox.Session, triton: str) -> None:
     """Every launch through Triton's own binder and launcher, over a stand-in for the driver."""
     session.install("-e", ".", "pytest", TORCH, NUMPY, triton)

@@ -91,6 +91,7 @@ def test_without_a_bias_and_with_a_strided_one(chosen, device, poison):
     assert plain.passed, str(plain)
 
 
+@pytest.mark.parametrize("chosen", EACH, indirect=True)
 def test_same_bits_with_and_without_gradients_and_again(chosen, device):
     layer = pk.PeraLinear(40, 24, r=3, dtype=BF16, device=device, backend="triton")
     for parameter in (layer.pera_A, layer.pera_B, layer.pera_h):

@@ -99,7 +99,7 @@ _TABLE: dict[str, tuple[tuple[str, str, str, tuple[str, ...]], ...]] = {
     ),
     "kernels/contract.py": (
         ("dA is that of x without dropout",
-         "x = tl.where(keep, x, 0.0)", "x = tl.where(keep, x, x)", FACTORED),
+         "x = tl.where(tl.trans(keep), x, 0.0)", "x = tl.where(tl.trans(keep), x, x)", FACTORED),
         ("squares count once in the gradient of a factor",
          "df = sum_to_columns(of_j, j, is_pair, df)",
          "df = sum_to_columns(of_j, j, is_pair & (i != j), df)", FACTORED),

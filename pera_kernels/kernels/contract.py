@@ -98,10 +98,11 @@ def _contract_tile(
                 mask=mask_t[:, None] & mask_n[None, :],
                 other=0.0,
             )
+            x = tl.trans(x)
             if len(seed_ptrs) == 1:
                 key_0, key_1 = row_keys(seed_ptrs[0], rows)
                 keep = keep_tile(key_0, key_1, block_n * BLOCK_N, drop_threshold, BLOCK_N)
-                x = tl.where(keep, x, 0.0)
+                x = tl.where(tl.trans(keep), x, 0.0)
             sums = ()
             for piece in tl.static_range(PIECES):
                 offs_k = first_lane + piece * BLOCK_K + tl.arange(0, BLOCK_K)
@@ -111,7 +112,7 @@ def _contract_tile(
                     mask=mask_t[:, None] & (offs_k < LANES)[None, :],
                     other=0.0,
                 )
-                sums = sums + (dot(tl.trans(x), left, accs[piece], PRECISION),)
+                sums = sums + (dot(x, left, accs[piece], PRECISION),)
             accs = sums
 
         offs_r = tl.arange(0, BLOCK_R)
@@ -255,7 +256,7 @@ def divide(
     block_t, block_k = tiles.shrink(tile.block_t, tokens), tiles.shrink(tile.block_k, lanes)
     # High ranks take the registers of accumulators, then of features.
     block_n = max(tiles.MIN_BLOCK, tile.block_n * 64 // max(64, tiles.shrink(1 << 30, r)))
-    most = tile.pieces if r <= 32 else 1
+    most = tile.pieces if r <= 16 else 2 if r <= 32 else 1
     blocks_n, blocks_k = sum(blocks(N, block_n) for _, N in sizes), blocks(lanes, block_k)
 
     def time(pieces: int, wanted: int) -> int:
@@ -271,14 +272,11 @@ def divide(
 
 
 def contract(jobs: Sequence[Contraction]) -> list[Sum]:
-    """Contractions to factors of one rank and dtype, in one launch (with dropout one for each).
-    Gradients that were split are incomplete until the returned sums have run.
+    """Contractions to factors of one rank and dtype, in one launch. Gradients that were split are
+    incomplete until the returned sums have run.
     """
     if not jobs:
         return []
-    if len(jobs) > 1 and any(own.dropout.p > 0.0 for own in jobs):
-        # Triton 3.9 fails to compile them together for sm_100.
-        return [pending for own in jobs for pending in contract([own])]
     x, factor = jobs[0].x, jobs[0].factor
     lanes, coefficients = factor.lanes, coefficient_count(factor.r, factor.terms)
     tile = tiles.tile_for("contract", x.device, x.dtype, factor.rows.dtype)
