@@ -29,6 +29,7 @@ def test_shipped_configurations_are_clean():
     assert_clean(("--terms", "full", "--ranks", "16", "--dtypes", "bf16", "--archs", "sm_90"), 9)
 
 
+@pytest.mark.slow
 def test_the_contraction_at_r_32_does_not_spill_on_other_architectures():
     """It has the most registers; ``nox -s compile_report`` compiles all of it."""
     kernels = ("--kernels", "contract", "contract G")

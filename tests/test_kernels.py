@@ -35,7 +35,7 @@ def test_lanes_over_several_programs_of_several_accumulators(triton_backend, dev
 
 @pytest.mark.parametrize("value", [float("inf"), float("-inf"), float("nan")])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
-@pytest.mark.parametrize("r", [4, 5, 16])
+@pytest.mark.parametrize("r", [4, 5, pytest.param(16, marks=pytest.mark.slow)])
 def test_what_is_not_finite_in_a_factor_stays_with_its_pairs(
     r, dtype, value, triton_backend, device
 ):
@@ -56,8 +56,8 @@ def test_what_is_not_finite_in_a_factor_stays_with_its_pairs(
 
 @pytest.mark.parametrize(
     "r",
-    [1, 2, 3, 5, 8, 9, 12, 16, 24, 32, 33]
-    + [pytest.param(r, marks=pytest.mark.slow) for r in (4, 6, 7, 64, 70)],
+    [1, 2, 3, 5, 8, 9, 16, 32]
+    + [pytest.param(r, marks=pytest.mark.slow) for r in (4, 6, 7, 12, 24, 33, 64, 70)],
 )
 def test_contraction_of_every_rank(r, triton_backend, device):
     """Ranks that divide a block of lanes, and those that do not."""
