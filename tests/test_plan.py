@@ -252,13 +252,14 @@ def test_what_is_copied_to_be_contiguous(inference, device, plans):
 
 
 def test_strides_are_part_of_the_key(device, plans):
-    same(lambda: step(device), plans, 2)
-    x, dy, weight, bias, adapter = problem(device, torch.float32, torch.float32, "full")
+    x, _, weight, bias, adapter = problem(device, torch.float32, torch.float32, "full")
     strided = x.t().contiguous().t()
     call = lambda x: ops.forward(x, [Base(weight, bias)], [adapter], None, Options("full", 0.7))  # noqa: E731
+    for _ in range(3):
+        call(x)
     (y,), _ = call(strided)
     (expected,), _ = ordinary(lambda: call(strided))
-    assert torch.equal(y, expected) and len(made(plans)) == 2
+    assert torch.equal(y, expected) and len(made(plans)) == 1
 
 
 def test_a_misaligned_pointer_takes_the_ordinary_path(device, plans):
