@@ -267,11 +267,9 @@ def test_a_misaligned_pointer_takes_the_ordinary_path(device, plans):
     shifted = torch.cat([x.new_zeros(1), x.flatten()])[1:].view_as(x)
     assert shifted.data_ptr() % plan.ALIGNMENT and shifted.stride() == x.stride()
     call = lambda x: ops.forward(x, [Base(weight, bias)], [adapter], None, Options("full", 0.7))  # noqa: E731
-    for _ in range(3):
-        call(x)
-    before = dict(plans)
+    plans.clear()
     (y,), _ = call(shifted)
-    assert torch.equal(y, call(x)[0][0]) and plans == before
+    assert not plans and torch.equal(y, call(x)[0][0])
 
 
 def test_settings_are_part_of_the_key(plans, monkeypatch):
