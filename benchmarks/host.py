@@ -11,10 +11,12 @@ from __future__ import annotations
 
 import argparse
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -29,6 +31,7 @@ from .layers import CONTENDERS, phase_call
 __all__ = ["measure"]
 
 NAMES = ("frozen", "peft-lora", "peft-lora-amp", "torch", "triton")
+SMALL = Case(r=4, T=2, N=16, M=16)
 CPU = torch.device("cpu")
 INSIDE = "PERA_STUB_DRIVER"
 
@@ -56,9 +59,6 @@ def parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
     add, dtypes = made.add_argument, ("bfloat16+float32", "bfloat16")
-    add("--T", type=int, default=2, help="tokens (2)")
-    add("--size", type=int, default=16, help="in and out features (16)")
-    add("--rank", type=int, default=4, help="rank (4)")
     add("--terms", type=options.list_of(str, TERMS), default=("full",), help=", ".join(TERMS))
     add("--dtypes", type=options.list_of(str, rows.DTYPES), default=dtypes, help=" ".join(dtypes))
     add("--rounds", type=int, default=40, help="turns of every contender (40)")
@@ -67,12 +67,15 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
+    arguments = sys.argv[1:] if arguments is None else list(arguments)
     given = parser().parse_args(arguments)
     if INSIDE not in os.environ:
+        if not sys.platform.startswith("linux") or shutil.which("gcc") is None:
+            parser().error("the stub of the CUDA driver needs Linux and gcc")
         # The loader finds the stub only from a process's start on.
         with tempfile.TemporaryDirectory() as folder:
             environment = {**os.environ, **stub_driver.environment(Path(folder)), INSIDE: "1"}
-            command = [sys.executable, "-m", "benchmarks.host", *(arguments or sys.argv[1:])]
+            command = [sys.executable, "-m", "benchmarks.host", *arguments]
             return subprocess.run(command, env=environment).returncode
     stub_driver.install()
     torch.set_num_threads(1)
@@ -80,15 +83,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for terms in given.terms:
         for name in given.dtypes:
             dtype, adapter_dtype = rows.DTYPES[name]
-            case = Case(
-                terms=terms,
-                r=given.rank,
-                T=given.T,
-                N=given.size,
-                M=given.size,
-                dtype=dtype,
-                adapter_dtype=adapter_dtype,
-            )
+            case = replace(SMALL, terms=terms, dtype=dtype, adapter_dtype=adapter_dtype)
             for row in measure(case, given.rounds):
                 rows.append(path, {**row, **rows.environment(CPU)})
                 print(

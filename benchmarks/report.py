@@ -7,14 +7,15 @@ python -m benchmarks.report --check    exit status 1 if a part of a README would
 from __future__ import annotations
 
 import argparse
-import re
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pandas as pd  # type: ignore[import-untyped]
+
+from tools.documents import render, table, write
 
 from . import rows
 from .contenders import FROZEN
@@ -58,11 +59,8 @@ def load(pattern: str) -> list[pd.DataFrame]:
     return [own for _, own in frame.groupby("device", sort=False)]
 
 
-def markdown(table: pd.DataFrame, text_columns: int = 1) -> str:
-    """A table whose first columns are text and whose others are numbers."""
-    rule = ["---"] * text_columns + ["---:"] * (table.shape[1] - text_columns)
-    lines = (list(table.columns), rule, *table.fillna("").itertuples(index=False))
-    return "\n".join(f"| {' | '.join(map(str, line))} |" for line in lines)
+def markdown(frame: pd.DataFrame, text_columns: int = 1) -> str:
+    return table(list(frame.columns), frame.fillna("").itertuples(index=False), text_columns)
 
 
 def conditions(frame: pd.DataFrame) -> str:
@@ -272,20 +270,6 @@ PARTS_HERE: dict[str, Callable[[], str]] = {
 }
 
 
-def render(text: str, parts: Mapping[str, Callable[[], str]], name: str) -> str:
-    """The document with every part between ``<!-- NAME: generated -->`` and ``<!-- end -->`` made
-    again.
-    """
-    for part, generate in parts.items():
-        pattern = re.compile(rf"(<!-- {part}: generated -->\n).*?(<!-- end -->)", re.DOTALL)
-        if len(pattern.findall(text)) != 1:
-            raise ValueError(f"{name} must have exactly one part marked {part!r}")
-        # As a replacement text its backslashes would be read.
-        escaped = generate().replace("\\", r"\\")
-        text = pattern.sub(rf"\g<1>{escaped}\n\g<2>", text)
-    return text
-
-
 def documents() -> dict[Path, str]:
     """What each README should read, by its path."""
     parts = {rows.ROOT / "README.md": PARTS, rows.ROOT / "benchmarks" / "README.md": PARTS_HERE}
@@ -298,13 +282,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     given = parser.parse_args(arguments)
     if not given.check:
         write_plots(rows.RESULTS / "plots")
-    changed = {path: text for path, text in documents().items() if path.read_text() != text}
-    for path, text in changed.items():
-        if given.check:
-            print(f"{path.relative_to(rows.ROOT)} is not what the rows say: run benchmarks.report")
-        else:
-            path.write_text(text)
-    return int(given.check and bool(changed))
+    return write(documents(), "benchmarks.report", check=given.check)
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ pytest.importorskip("triton", reason="the launches are those of the Triton backe
 
 from benchmarks.roofline import work  # noqa: E402
 from pera_kernels.kernels.launch import Launch  # noqa: E402
+from pera_kernels.kernels.plan import Recorder  # noqa: E402
 from pera_kernels.terms import expanded_rank  # noqa: E402
 from pera_kernels.testing import Case  # noqa: E402
 from tools.roofline import __main__ as page  # noqa: E402
@@ -84,14 +85,14 @@ def test_how_many_programs_a_multiprocessor_holds():
 
 def test_operators_of_pytorch_stand_among_the_launches_in_order():
     x, weight, y = meta(8, 16), meta(4, 16), meta(8, 4)
-    calls = []
-    with model._Operators(calls):
+    with Recorder() as recorder:
         y.addmm_(x, weight.t())
-        calls.append("launch")
+        recorder.steps.append("launch")
         torch.mm(x, weight.t(), out=y)
         torch.cat([x, x]).view(-1)
         x.new_empty(3)
-    names = [call if isinstance(call, str) else call.name for call in calls]
+    calls = recorder.steps
+    names = [c if isinstance(c, str) else c.operator.overloadpacket.__name__ for c in calls]
     assert names == ["addmm_", "launch", "mm", "cat"]
     added, product, copied = (model._step(calls[n], 0.5, [4, 8, 16]) for n in (0, 2, 3))
     assert added.live == product.live == product.issued == 2 * 8 * 16 * 4

@@ -1,11 +1,11 @@
 """What an op does, recorded once for a configuration and repeated with new pointers.
 
-To launch a kernel through Triton's binder costs the host some 25 µs, to choose its tiles, splits
-and arguments as much again, and both come to the same for the same shapes, strides, dtypes, options
-and device. The second call of an op with a configuration therefore runs it twice: as always, which
-compiles the kernels, and on fake tensors, which shows what launches and PyTorch operators it
-consists of and on which memory each works. From then on a call allocates, fills in pointers and
-launches.
+To launch a kernel through Triton's binder costs the host more than the launch itself, to choose its
+tiles, splits and arguments as much again, and both come to the same for the same shapes, strides,
+dtypes, options and device (``benchmarks.host`` has the times). The second call of an op with a
+configuration therefore runs it twice: as always, which compiles the kernels, and on fake tensors,
+which shows what launches and PyTorch operators it consists of and on which memory each works. From
+then on a call allocates, fills in pointers and launches.
 
 What has no plan takes the ordinary path: a configuration seen once, pointers that are not aligned,
 GPUs other than NVIDIA's, for which Triton specialises on the sizes of tensors too.
@@ -28,7 +28,7 @@ from triton.runtime import driver
 
 from .launch import Launch, allows_tf32, launching, on_device, start, starting
 
-__all__ = ["run"]
+__all__ = ["Operation", "Recorder", "run"]
 
 # Each a tensor or None.
 Tensors = Sequence[Any]
@@ -107,7 +107,16 @@ def _settings() -> tuple[Any, ...]:
     )
 
 
-class _Recorder(TorchDispatchMode):
+class Operation(NamedTuple):
+    """A call of a PyTorch operator, and what it returned."""
+
+    operator: Any
+    arguments: tuple[Any, ...]
+    options: dict[str, Any]
+    result: torch.Tensor
+
+
+class Recorder(TorchDispatchMode):
     """Notes, among the launches, which operators compute, and what is allocated. Views need not be
     repeated: they are known by the memory they lie in. In inference mode ``contiguous`` comes here
     too, which may be none.
@@ -115,7 +124,7 @@ class _Recorder(TorchDispatchMode):
 
     def __init__(self) -> None:
         super().__init__()
-        self.steps: list[Any] = []
+        self.steps: list[Launch | Operation] = []
         self.allocated: list[torch.Tensor] = []
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -124,10 +133,7 @@ class _Recorder(TorchDispatchMode):
         if func.overloadpacket in ALLOCATIONS:
             self.allocated.append(result)
         elif _is_tensor(result) and not (func.is_view and _storage(result) == _storage(args[0])):
-            rest = [own for own in args if not _is_tensor(own)]
-            if any(map(_is_tensor, tree_leaves([rest, kwargs]))):
-                raise NotImplementedError(f"a plan of {func} with tensors in a list or by name")
-            self.steps.append((partial(func, **kwargs), args, result))
+            self.steps.append(Operation(func, args, kwargs, result))
         return result
 
 
@@ -212,12 +218,12 @@ def _record(op: Op, tensors: Tensors, options: Any, compiled: Iterable[Any]) -> 
         given = [
             t if t is None else _empty(t.shape, t.stride(), t.dtype, t.device) for t in tensors
         ]
-        with _Recorder() as recorder, launching(recorder.steps.append):
+        with Recorder() as recorder, launching(recorder.steps.append):
             results = op(given, *options)
     device, kernels, steps = tensors[0].device, iter(compiled), list[_Start | _Call]()
     # Operators and callers take tensors; what only kernels see is scratch memory.
-    calls = [step for step in recorder.steps if not isinstance(step, Launch)]
-    visible = {_storage(t) for t in chain(results, *(own for _, own, _ in calls)) if _is_tensor(t)}
+    operands = chain(*(own.arguments for own in recorder.steps if isinstance(own, Operation)))
+    visible = {_storage(t) for t in chain(results, operands) if _is_tensor(t)}
     allocated = {_storage(t): t for t in recorder.allocated}
     lasting = [t for own, t in allocated.items() if own in visible]
     # By storage: a number, where in that memory it begins, and a tensor that is all of it.
@@ -262,13 +268,18 @@ def _record(op: Op, tensors: Tensors, options: Any, compiled: Iterable[Any]) -> 
             grid = (*step.grid, 1, 1)[:3]
             steps.append(_Start(next(kernels)[grid], eval(f"lambda t: {arguments}")))
             continue
-        operator, operands, result = step
-        new = _storage(result) not in places
-        parts = [part(own) for own in operands]
+        rest = [own for own in step.arguments if not _is_tensor(own)]
+        if any(map(_is_tensor, tree_leaves([rest, step.options]))):
+            raise NotImplementedError(
+                f"a plan of {step.operator} with tensors in a list or by name"
+            )
+        new = _storage(step.result) not in places
+        parts = [part(own) for own in step.arguments]
         if new:
-            places[_storage(result)] = len(pointers), 0, result
+            places[_storage(step.result)] = len(pointers), 0, step.result
             pointers.append([])
-        steps.append(_Call(operator, parts, pointers[-1] if new else None))
+        call = partial(step.operator, **step.options)
+        steps.append(_Call(call, parts, pointers[-1] if new else None))
     parts = [part(t) for t in results]
     layouts = [(t.shape, t.stride(), t.dtype) for t in lasting]
     layouts.append((torch.Size([scratch]), (1,), torch.uint8))

@@ -41,7 +41,7 @@ def forward(tensors: Tensors, options: Options) -> list[torch.Tensor]:
             assert base.weight is not None
             weight = _compose(base.weight, adapter, options, base.weight.dtype)
             return [F.linear(x, weight, base.bias), x.new_empty(0)]
-        r, terms, count = adapters[0].A.shape[0], options.terms, len(bases)
+        r, terms = adapters[0].A.shape[0], options.terms
         T, lanes = x.shape[0], lane_count(r, terms)
         if x.numel() == 0 or any(B.shape[0] == 0 for _, B, _ in adapters):
             u = x.new_zeros(T, count * lanes)

@@ -1,4 +1,4 @@
-"""Write benchmarks/roofline.md and its CSV, and what README.md says of the cost.
+"""Write benchmarks/roofline.md and its CSV, and what both READMEs say of the cost.
 
     python -m tools.roofline              from today's launches; a few seconds
     python -m tools.roofline --compile    before that, compile what the file of this Triton lacks
@@ -14,10 +14,10 @@ import csv
 import io
 import itertools
 import json
-import re
 import sys
 import textwrap
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections import Counter, defaultdict
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -27,14 +27,16 @@ from pera_kernels.kernels import interpreting
 from pera_kernels.kernels.launch import Launch
 from pera_kernels.terms import Terms
 
+from ..documents import ROOT, render, table, write
 from ..problems import Job
 from .facts import Facts, compile_missing, fact_of, newest, read
 from .model import CARDS, FEATURES, LAUNCH_US, Card, Layer, Step, job_of, layer
 
-ROOT = Path(__file__).resolve().parents[2]
 BENCHMARKS = ROOT / "benchmarks"
 COMPILED = BENCHMARKS / "compiled"
 PAGE, GRID, README = BENCHMARKS / "roofline.md", BENCHMARKS / "roofline.csv", ROOT / "README.md"
+# The rows of the headline as they were before the kernels were brought near the roofline.
+BEFORE, CHANGES = BENCHMARKS / "roofline-before.csv", BENCHMARKS / "README.md"
 
 TOKENS = (1, 16, 64, 512, 4096, 16384, 65536)
 ADAPTERS: tuple[tuple[Terms, int], ...] = tuple(
@@ -44,6 +46,8 @@ ADAPTERS: tuple[tuple[Terms, int], ...] = tuple(
 HEADLINE: tuple[Terms, int] = ("full", 16)
 SHOWN_TOKENS = 16384
 TARGET = 1.05
+# What is summed over the launches of a kernel.
+SUMMED = ("issued_gflop", "mb", "barriers", "model_us")
 # The columns of the CSV, and the heads of those that the page shows.
 COLUMNS = {
     "card": "",
@@ -133,11 +137,6 @@ def measured() -> dict[tuple[str, str, int, int], float]:
     return found
 
 
-def table(head: Sequence[str], lines: Iterable[Sequence[object]], text_columns: int = 1) -> str:
-    rule = ["---"] * text_columns + ["---:"] * (len(head) - text_columns)
-    return "\n".join(f"| {' | '.join(map(str, line))} |" for line in (head, rule, *lines))
-
-
 def cards() -> str:
     head = ("card", "products, TFLOP/s", "copies, TB/s", "multiprocessors", "rates are from")
     lines = [(c.name, f"{c.tflops:g}", f"{c.tbps:.1f}", c.processors, c.source) for c in CARDS]
@@ -203,16 +202,52 @@ def sentence() -> str:
     return textwrap.fill(text, 106, break_on_hyphens=False)
 
 
-def render(path: Path, parts: Mapping[str, Callable[[], str]]) -> str:
-    """The document with its generated parts made again."""
-    text = path.read_text()
-    for name, generate in parts.items():
-        pattern = re.compile(rf"(<!-- {name}: generated -->\n).*?(\n<!-- end -->)", re.DOTALL)
-        before, *found = pattern.split(text)
-        if len(found) != 3:
-            raise ValueError(f"{path.name} must have exactly one part marked {name!r}")
-        text = "".join((before, found[0], generate(), *found[1:]))
-    return text
+def _totals(text: str, card: Card, T: int) -> dict[str, Counter[str]]:
+    """By kernel, sums over the launches of one case of the headline, from rows as of the CSV."""
+    terms, r = HEADLINE
+    case = {"card": card.name, "terms": terms, "r": str(r), "T": str(T)}
+    found: dict[str, Counter[str]] = defaultdict(Counter)
+    for row in csv.DictReader(io.StringIO(text)):
+        if row | case == row:
+            own = found["base product" if row["note"] == "PyTorch" else row["step"]]
+            numbers = {name: float(row[name] or 0) for name in SUMMED}
+            own.update({"launches": 1, **numbers})  # type: ignore[arg-type]
+    return found
+
+
+def _arrow(before: float, after: float) -> str:
+    return " → ".join(dict.fromkeys(f"{number:.4g}" for number in (before, after)))
+
+
+def changes(before: str, after: str) -> str:
+    """Kernels of the headline before and after, and the ratios of the whole layer."""
+    shown = [card for card in CARDS if card.arch == "sm_90"]
+    totals = [[_totals(text, card, SHOWN_TOKENS) for text in (before, after)] for card in shown]
+    lines = []
+    for step in totals[0][1]:
+        cells = [_arrow(*(own[step][name] for own in totals[0])) for name in ("launches", *SUMMED)]
+        times = [_arrow(*(own[step]["model_us"] for own in both)) for both in totals[1:]]
+        lines.append([step, *cells, *times])
+    head = ("step", "launches", "GFLOP issued", "MB", "barriers", *(f"µs, {c.name}" for c in shown))
+    tokens = sorted({int(row["T"]) for row in csv.DictReader(io.StringIO(before))})
+    ratios = []
+    for card in CARDS:
+        cells = []
+        for T in tokens:
+            own, both = on(card, *HEADLINE, T), []
+            for text in (before, after):
+                microseconds = sum(sums["model_us"] for sums in _totals(text, card, T).values())
+                both.append(f"{microseconds / own.frozen_model(card):.2f}")
+            cells.append(f"{' → '.join(both)} ({own.floor_of_steps(card):.2f})")
+        ratios.append([card.name, *cells])
+    return "\n\n".join(
+        (
+            table(head, lines),
+            f"All launches of a step at {SHOWN_TOKENS} tokens together. The whole layer, as a "
+            "ratio to the frozen one (in brackets the floors of today's launches):",
+            table(("card", *(f"T={T}" for T in tokens)), ratios),
+        )
+    )
 
 
 def documents() -> dict[Path, str]:
@@ -221,10 +256,14 @@ def documents() -> dict[Path, str]:
     facts, version = read(path), path.stem.removeprefix("triton-")
     parts = {"cards": cards}
     parts |= {card.name: partial(of_card, card, facts, version) for card in CARDS}
+    grid = csv_of(facts)
     return {
-        PAGE: render(PAGE, parts),
-        GRID: csv_of(facts),
-        README: render(README, {"model": sentence}),
+        CHANGES: render(
+            CHANGES.read_text(), {"changes": partial(changes, BEFORE.read_text(), grid)}, "README"
+        ),
+        PAGE: render(PAGE.read_text(), parts, PAGE.name),
+        GRID: grid,
+        README: render(README.read_text(), {"model": sentence}, README.name),
     }
 
 
@@ -246,17 +285,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
         path = COMPILED / f"triton-{triton.__version__}.jsonl"
         compile_missing(path, launches(), given.jobs)
-    changed = {
-        path: text
-        for path, text in documents().items()
-        if not path.exists() or path.read_text() != text
-    }
-    for path, text in changed.items():
-        if given.check:
-            print(f"{path.relative_to(ROOT)} is not of today's launches: run tools.roofline")
-        else:
-            path.write_text(text)
-    return int(given.check and bool(changed))
+    return write(documents(), "tools.roofline", check=given.check)
 
 
 if __name__ == "__main__":

@@ -14,10 +14,10 @@ from typing import Any, NamedTuple
 from unittest import mock
 
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from pera_kernels.kernels import ops
-from pera_kernels.kernels.launch import Launch, recorded
+from pera_kernels.kernels.launch import Launch, launching
+from pera_kernels.kernels.plan import Operation, Recorder
 from pera_kernels.terms import Terms, expanded_rank, lane_count
 
 from ..compile_report import tiles_of
@@ -39,7 +39,6 @@ PADDED: dict[str, dict[str, tuple[str, ...]]] = {
 CONTRACTED = (("BLOCK_T",), ("BLOCK_N",), ("PIECES", "BLOCK_K"))
 # Where the matrices of a product stand among the arguments of PyTorch's operator.
 PRODUCTS = {"mm": 0, "bmm": 0, "addmm": 1, "addmm_": 1, "baddbmm": 1, "baddbmm_": 1}
-NO_WORK = ("empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "_unsafe_view")
 
 
 @dataclass(frozen=True)
@@ -167,16 +166,16 @@ def layer(arch: str, processors: int, job: Job) -> Layer:
     """What a training step launches on a GPU of this kind, recorded without one."""
     # Under a dispatch mode a registered op would stand for the launches.
     launched = mock.patch.object(ops, "_traced", lambda *tensors: False)
-    with tiles_of(arch, processors), launched, recorded() as calls, _Operators(calls):
-        own = Operands(job)
-        del calls[:]
-        own.call()
+    own = Operands(job)
+    with tiles_of(arch, processors), launched, Recorder() as recorder:
+        with launching(recorder.steps.append):
+            own.call()
     share = expanded_rank(job.r, job.terms) / lane_count(job.r, job.terms)
     base = sorted((job.T, job.N, job.M))
     adapter = sum(tensor.nbytes for tensor in tensors(own.adapter))
     frozen = 2 * (own.x.nbytes + own.weight.nbytes + own.dy.nbytes)
     return Layer(
-        tuple(_step(call, share, base) for call in calls),
+        tuple(_step(call, share, base) for call in recorder.steps),
         # The backward reads x too; the adapter is read twice, and its gradients are written.
         frozen + own.x.nbytes + 3 * adapter,
         frozen,
@@ -184,36 +183,11 @@ def layer(arch: str, processors: int, job: Job) -> Layer:
     )
 
 
-class _Operator(NamedTuple):
-    """An operator of PyTorch's, its positional arguments and its result."""
-
-    name: str
-    arguments: tuple[Any, ...]
-    result: Any
-
-
-class _Operators(TorchDispatchMode):
-    """Adds PyTorch's operators that do work to the launches, in order."""
-
-    def __init__(self, calls: list[Any]) -> None:
-        super().__init__()
-        self.calls = calls
-
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        result = func(*args, **(kwargs or {}))
-        name = func.overloadpacket.__name__
-        if not func.is_view and name not in NO_WORK:
-            self.calls.append(_Operator(name, args, result))
-        return result
-
-
-def _step(call: Launch | _Operator, share: float, base: list[int]) -> Step:
+def _step(call: Launch | Operation, share: float, base: list[int]) -> Step:
     """``share`` of a low-rank product's lanes are live; that of the ``base`` sizes has none."""
-    if isinstance(call, _Operator):
-        name, arguments, result = call
-        moved = sum(tensor.nbytes for tensor in tensors((arguments, result)))
+    if isinstance(call, Operation):
+        name, arguments = call.operator.overloadpacket.__name__, call.arguments
+        moved = sum(tensor.nbytes for tensor in tensors((arguments, call.result)))
         if name not in PRODUCTS:
             return Step(name, 0, 0, moved)
         left, right = arguments[PRODUCTS[name] :][:2]
