@@ -106,7 +106,9 @@ class PeraLayer(nn.Module, BaseTunerLayer):
     _merged_base: torch.Tensor | None
 
     adapter_layer_names = ("pera_A", "pera_B", "pera_h")
-    other_param_names = ("r", "pera_alpha", "scaling", "own_scaling", "pera_dropout", "terms")
+    other_param_names = (
+        *("r", "pera_alpha", "scaling", "own_scaling", "pera_dropout", "terms", "init"),
+    )
 
     def __init__(self, base_layer: nn.Module) -> None:
         super().__init__()
@@ -123,6 +125,7 @@ class PeraLayer(nn.Module, BaseTunerLayer):
         self.own_scaling: dict[str, float] = {}
         self.pera_dropout: dict[str, float] = {}
         self.terms: dict[str, Terms] = {}
+        self.init: dict[str, str] = {}
         self._disable_adapters = False
         self.was_called = False
         # A checkpoint that computes again finds what its forward had.
@@ -152,12 +155,13 @@ class PeraLayer(nn.Module, BaseTunerLayer):
         self.scaling[adapter_name] = self.own_scaling[adapter_name]
         self.pera_dropout[adapter_name] = float(config.pera_dropout)
         self.terms[adapter_name] = config.terms  # type: ignore[assignment]
+        self.init[adapter_name] = "gaussian" if config.init_weights == "gaussian" else "kaiming"
         L = coefficient_count(r, config.terms)  # type: ignore[arg-type]
         A, B, h = (
             torch.zeros(*shape, device="cpu", dtype=torch.float32)
             for shape in ((r, self.in_features), (self.out_features, r), (L,))
         )
-        if config.init_weights == "gaussian":
+        if self.init[adapter_name] == "gaussian":
             nn.init.normal_(A, std=1.0 / r)
         else:
             nn.init.kaiming_uniform_(A, a=math.sqrt(5))

@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import nn
 
-from pera_kernels.adapters.optimizer import grouped
+from pera_kernels.adapters.optimizer import Trained, grouped, rms_A
 
 from .layer import PeraLayer
 
@@ -14,11 +14,16 @@ __all__ = ["parameter_groups"]
 
 
 def parameter_groups(
-    model: nn.Module, lr: float, *, lr_h: float | None = None, weight_decay: float = 0.0
+    model: nn.Module,
+    lr: float,
+    *,
+    lr_h: float | None = None,
+    eps: float | None = 1e-8,
+    weight_decay: float = 0.0,
 ) -> list[dict[str, Any]]:
     """:func:`pera_kernels.parameter_groups` for a model with PEFT's PERA layers.
 
-        groups = parameter_groups(model, 1e-4, lr_h=1e-2)
+        groups = parameter_groups(model, 1e-4)
         Trainer(model, ..., optimizers=(torch.optim.AdamW(groups), None))
 
     Raises:
@@ -31,11 +36,18 @@ def parameter_groups(
             f"model has no trainable adapter, for it has no PERA adapter at all: make one with "
             f"peft.get_peft_model(model, PeraConfig(...)); got {type(model).__name__}"
         )
-    factors = [p for m in layers for own in (m.pera_A, m.pera_B) for p in own.values()]
-    hs = [p for m in layers for p in m.pera_h.values()]
-    if not any(p.requires_grad for p in (*factors, *hs)):
+    adapters = [
+        Trained(
+            [layer.pera_A[name], layer.pera_B[name]],
+            layer.pera_h[name] if name in layer.pera_h else None,
+            rms_A(layer.init[name], layer.r[name], layer.in_features),
+        )
+        for layer in layers
+        for name in layer.pera_A
+    ]
+    if not any(p.requires_grad for own in adapters for p in (*own.factors, own.h) if p is not None):
         raise ValueError(
             "model has no trainable adapter, for all its PERA adapters are frozen: an adapter that "
             "is loaded trains with PeftModel.from_pretrained(..., is_trainable=True)"
         )
-    return grouped(model, factors, hs, lr, lr_h, weight_decay)
+    return grouped(model, adapters, lr, lr_h, eps, weight_decay)

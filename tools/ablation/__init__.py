@@ -1,0 +1,1 @@
+"""PERA's terms against LoRA on two tasks, with tuned rates, several seeds and intervals."""

@@ -1,0 +1,212 @@
+"""One training run, and which runs there are: rates are chosen first, then every seed trains."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import statistics
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+import pera_kernels as pk
+from pera_kernels.cli import describe
+from pera_kernels.terms import coefficient_count, expanded_rank
+from tools.ablation.task import Task
+from tools.finetune.train import warmup_then_cosine
+
+__all__ = ["FULL", "Method", "Row", "Trial", "chosen", "methods", "remaining", "train"]
+
+Row = dict[str, Any]
+# The seed of the runs that choose rates; no result has it.
+CHOICE_SEED = 1000
+# Multiples of the default rate of h that are tried, at the rate that was chosen for A and B.
+MULTIPLES = (0.3, 3.0)
+# Parts of a run, whose mean losses make its curve; its training loss is that of the last third.
+PARTS = 30
+# Runs whose singular values are kept.
+WITH_SPECTRUM = {("lora", 16), ("full", 16), ("full_fine_tuning", 0)}
+
+
+@dataclass(frozen=True)
+class Method:
+    """A method that is compared at rank ``r``; ``rank`` is its adapter's own.
+
+    ``terms`` is None for full fine-tuning of the same layers.
+    """
+
+    key: str
+    label: str
+    r: int
+    terms: Literal["full", "square", "cross", "linear"] | None
+    rank: int
+
+    @property
+    def has_h(self) -> bool:
+        return self.terms is not None and coefficient_count(self.rank, self.terms) > 0
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One training run; ``multiple`` is of the default rate of h."""
+
+    method: Method
+    lr: float
+    multiple: float
+    seed: int
+
+    def key(self) -> tuple[Any, ...]:
+        return (self.method.key, self.method.r, self.lr, self.multiple, self.seed)
+
+
+FULL = Method("full_fine_tuning", "Full fine-tuning", 0, None, 0)
+
+
+def methods(task: Task, r: int) -> list[Method]:
+    """What is compared at rank r: LoRA in several sizes, and PERA's three terms."""
+    shapes = [layer.weight.shape for layer in adapted(task, r=1, terms="linear")[1].values()]
+    coefficients = len(shapes) * coefficient_count(r, "full")
+    more = math.ceil(coefficients / sum(m + n for m, n in shapes))
+    found = [
+        Method("lora", "LoRA", r, "linear", r),
+        Method("full", "PERA full", r, "full", r),
+        Method("square", "PERA square-only", r, "square", r),
+        Method("cross", "PERA cross-only", r, "cross", r),
+        Method("lora_parameters", "LoRA, no fewer parameters", r, "linear", r + more),
+        Method("lora_half_more", "LoRA, half as many again", r, "linear", r + r // 2),
+        Method("lora_expanded", "LoRA of the expanded rank", r, "linear", expanded_rank(r)),
+    ]
+    return [method for method in found if method.rank < task.width]
+
+
+def adapted(task: Task, **options: Any) -> tuple[nn.Module, dict[str, pk.PeraLinear]]:
+    """The task's model with adapters."""
+    model = pk.inject(task.model(), task.targets, modules_to_save=task.trained_beside, **options)
+    return model, pk.adapted_modules(model)
+
+
+def remaining(task: Task, rows: Sequence[Row], ranks: Sequence[int], seeds: int) -> Iterator[Trial]:
+    """The trials without a row that are known so far: a choice is known when its runs are done."""
+    done = {row_key(row): row for row in rows if row["task"] == task.name}
+    for method in (*(m for r in ranks for m in methods(task, r)), FULL):
+        lr, multiple, missing = _choose(task, method, done)
+        if not missing:
+            own = range(seeds if method is not FULL else 1)
+            missing = [Trial(method, lr, multiple, seed) for seed in own]
+        yield from (trial for trial in missing if trial.key() not in done)
+
+
+def chosen(task: Task, method: Method, rows: Sequence[Row]) -> tuple[float, float] | None:
+    """The rate of A and B, and the multiple of h's, with the lowest validation loss; None before
+    all were tried.
+    """
+    done = {row_key(row): row for row in rows if row["task"] == task.name}
+    lr, multiple, missing = _choose(task, method, done)
+    return None if missing else (lr, multiple)
+
+
+def row_key(row: Row) -> tuple[Any, ...]:
+    return (row["method"], row["r"], row["lr"], row["multiple"], row["seed"])
+
+
+def _choose(
+    task: Task, method: Method, done: Mapping[tuple[Any, ...], Row]
+) -> tuple[float, float, list[Trial]]:
+    """The best rates so far, and the trials that have to run before they are the best of all."""
+
+    def best(trials: list[Trial]) -> tuple[Trial, list[Trial]]:
+        missing = [trial for trial in trials if trial.key() not in done]
+        if missing:
+            return trials[0], missing
+        losses = [done[trial.key()]["validation"] for trial in trials]
+        # A run that diverged has no loss.
+        ranked = [math.inf if loss is None else loss for loss in losses]
+        return trials[ranked.index(min(ranked))], []
+
+    rates = task.rates_of_full if method is FULL else task.rates
+    first, missing = best([Trial(method, lr, 1.0, CHOICE_SEED) for lr in rates])
+    if missing or not method.has_h:
+        return first.lr, 1.0, missing
+    others = [Trial(method, first.lr, multiple, CHOICE_SEED) for multiple in MULTIPLES]
+    second, missing = best([first, *others])
+    return second.lr, second.multiple, missing
+
+
+def train(task: Task, trial: Trial, steps: int) -> Row:
+    """Train once; the row says how it ended. A choice sees the validation part, a result the test."""
+    method = trial.method
+    part = "validation" if trial.seed == CHOICE_SEED else "test"
+    torch.manual_seed(trial.seed)
+    if method.terms is None:
+        names = list(adapted(task, r=1, terms="linear")[1])
+        torch.manual_seed(trial.seed)
+        model, layers = task.model().float(), {}
+        weights = [model.get_submodule(name).weight for name in names]
+        start = [weight.detach().clone() for weight in weights]
+        beside = [p for name in task.trained_beside for p in model.get_submodule(name).parameters()]
+        trained: list[Tensor] = [weight.requires_grad_() for weight in weights] + beside
+        groups: list[dict[str, Any]] = [{"params": trained, "lr": trial.lr, "weight_decay": 0.0}]
+    else:
+        model, layers = adapted(task, r=method.rank, terms=method.terms)
+        groups = pk.parameter_groups(model, trial.lr)
+        for group in groups:
+            group["lr"] *= trial.multiple if group["name"] == "coefficients" else 1.0
+    optimizer = torch.optim.AdamW(groups)
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda step: warmup_then_cosine(step, steps)
+    )
+    losses: list[float] = []
+    shares: list[float] = []
+    times: list[float] = []
+    named = f"{method.label} {method.rank}, lr {trial.lr:g} × {trial.multiple:.2g}, {trial.seed}"
+    batches = itertools.islice(task.batches(trial.seed), steps)
+    for step, batch in enumerate(tqdm(batches, desc=named, total=steps, disable=None), start=1):
+        started = time.perf_counter()
+        loss = task.loss(model, batch)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        times.append(time.perf_counter() - started)
+        schedule.step()
+        losses.append(loss.item())
+        if not math.isfinite(losses[-1]):
+            break
+        if method.has_h and step * 4 % steps < 4:
+            shares.append(statistics.fmean(layer.quadratic_share() for layer in layers.values()))
+    row: Row = {
+        "task": task.name,
+        "method": method.key,
+        "r": method.r,
+        "rank": method.rank,
+        "lr": trial.lr,
+        "multiple": trial.multiple,
+        "seed": trial.seed,
+        "steps": steps,
+        "parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
+        "step_ms": 1000 * statistics.median(times),
+        "curve": [statistics.fmean(part) for part in parts(losses)],
+        "training": statistics.fmean(losses[-max(1, steps // 3) :]),
+        part: task.evaluate(model, part),
+        "shares": shares,
+        "torch": torch.__version__,
+        "commit": describe.commit(),
+    }
+    if trial.seed == 0 and (method.key, method.r) in WITH_SPECTRUM:
+        with torch.no_grad():
+            if method.terms is None:
+                updates = [weight - old for weight, old in zip(weights, start, strict=True)]
+            else:
+                updates = [layer.delta_weight() for layer in layers.values()]
+        row["spectra"] = [torch.linalg.svdvals(update).tolist() for update in updates]
+    return row
+
+
+def parts(losses: Sequence[float]) -> list[Sequence[float]]:
+    """The losses in ``PARTS`` parts of one length, or one by one where there are fewer."""
+    size = max(1, len(losses) // PARTS)
+    return [losses[start : start + size] for start in range(0, len(losses), size)]

@@ -1,0 +1,46 @@
+"""What a task is: a frozen model, batches in a seed's order, and parts to choose and to test on."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+
+from torch import Tensor, nn
+
+__all__ = ["Batch", "Task"]
+
+Batch = tuple[Tensor, ...]
+
+
+class Task(ABC):
+    """A frozen model and three parts of one text: to train on, to choose on, to test on."""
+
+    name: str
+    unit: str
+    """Of every loss."""
+    steps: int
+    rates: tuple[float, ...]
+    """Learning rates of A and B to choose from."""
+    rates_of_full: tuple[float, ...]
+    """The same for full fine-tuning."""
+    targets: list[str] | str
+    trained_beside: tuple[str, ...] = ()
+    """Modules that train beside the adapters, in every method."""
+    width: int
+    """The narrowest side of an adapted layer: a LoRA of this rank would be no low-rank update."""
+
+    @abstractmethod
+    def model(self) -> nn.Module:
+        """A fresh copy of the frozen model; what trains beside is made from the global seed."""
+
+    @abstractmethod
+    def batches(self, seed: int) -> Iterator[Batch]:
+        """Endless batches of the training part."""
+
+    @abstractmethod
+    def loss(self, model: nn.Module, batch: Batch) -> Tensor:
+        """The mean loss of a batch, in ``unit``."""
+
+    @abstractmethod
+    def evaluate(self, model: nn.Module, part: str) -> float:
+        """The mean loss on the part ``"validation"`` or ``"test"``, in ``unit``."""
