@@ -12,12 +12,20 @@ from typing import Any
 
 import torch
 
-__all__ = ["read_json", "read_safetensors", "replace", "write_json", "write_safetensors"]
+__all__ = [
+    "read_json",
+    "read_safetensors",
+    "replace",
+    "safetensors_package",
+    "write_json",
+    "write_safetensors",
+]
 
 MAX_JSON_BYTES = 2**24
 
 
-def _safetensors() -> Any:
+def safetensors_package() -> Any:
+    """safetensors, or an ImportError that says which extra to install."""
     try:
         import safetensors
         import safetensors.torch
@@ -92,7 +100,7 @@ def write_safetensors(
     path: Path, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str]
 ) -> None:
     """Tensors, copied to the CPU, with a ``metadata`` of strings."""
-    safetensors = _safetensors()
+    safetensors = safetensors_package()
     own = {name: t.detach().to("cpu", copy=True).contiguous() for name, t in tensors.items()}
     data = safetensors.torch.save(own, {"format": "pt", **metadata})
     replace(path, lambda new: new.write_bytes(data))
@@ -105,7 +113,7 @@ def read_safetensors(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str
         FileNotFoundError: there is no such file.
         ValueError: the file is truncated or not a safetensors file.
     """
-    safetensors = _safetensors()
+    safetensors = safetensors_package()
     if not path.is_file():
         raise FileNotFoundError(f"there is no file {path}")
     try:

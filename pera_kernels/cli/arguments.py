@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import re
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
@@ -28,7 +29,9 @@ EXAMPLES = {
   python -m pera_kernels info --json | jq .backends""",
     "inspect": """examples:
   python -m pera_kernels inspect runs/adapter
-  python -m pera_kernels inspect runs/adapter --json | jq '.modules[].quadratic_share'""",
+  python -m pera_kernels inspect runs/adapter --plot adapter.png
+  python -m pera_kernels inspect runs/adapter --json | jq '.modules[].quadratic_share'
+  python -m pera_kernels inspect --update models/base models/tuned --modules 'attn|mlp'""",
     "export-lora": """examples:
   python -m pera_kernels export-lora runs/adapter runs/lora
   python -m pera_kernels export-lora runs/adapter runs/lora --dtype bfloat16 --prune-zero
@@ -70,6 +73,13 @@ def _shape(text: str) -> tuple[int, ...]:
     return tuple(map(int, text.split("x")))
 
 
+def _pattern(text: str) -> re.Pattern[str]:
+    try:
+        return re.compile(text)
+    except re.error as error:
+        raise argparse.ArgumentTypeError(f"{text!r} is no regular expression: {error}") from error
+
+
 def _dtype(text: str) -> torch.dtype:
     if text not in DTYPES:
         raise argparse.ArgumentTypeError(f"{text!r} is not one of {', '.join(DTYPES)}")
@@ -103,8 +113,19 @@ def build(commands: Mapping[str, Callable[[argparse.Namespace], int]]) -> Parser
 
     json_switch(command("info", "Device, backends, versions, and the tile table in use."))
 
-    own = command("inspect", "What an adapter folder holds, module by module.")
-    own.add_argument("adapter", metavar="ADAPTER", help="folder of save_adapter or of PEFT")
+    own = command("inspect", "What an adapter's updates are made of, or any other update.")
+    add = own.add_argument
+    add("adapter", metavar="ADAPTER", nargs="?", help="folder of save_adapter or of PEFT")
+    add(
+        "--update",
+        nargs=2,
+        type=Path,
+        metavar=("BASE", "TUNED"),
+        help="instead of ADAPTER: two checkpoints, whose difference is looked at; each a "
+        ".safetensors file, a folder with model.safetensors or its shards, or a .pt state dict",
+    )
+    add("--modules", type=_pattern, metavar="REGEX", help="with --update: names to look at")
+    add("--plot", type=Path, metavar="FILE.png", help="draw it, too")
     json_switch(own)
 
     own = command("export-lora", "Write an adapter as plain LoRA, which PEFT and engines load.")

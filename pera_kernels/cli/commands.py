@@ -7,15 +7,16 @@ import json
 import math
 import shutil
 import tempfile
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from ..adapters.beside import beside_of
 from ..adapters.checkpoint import read_adapter
 from ..adapters.export import AdapterView, LoraExport, export_views
-from . import describe
+from . import describe, diagnosis, plots, updates
 from .merging import add_to
-from .tables import shown, table
+from .tables import progress, table
 from .verify import verify
 
 __all__ = ["COMMANDS"]
@@ -49,50 +50,27 @@ def info(given: argparse.Namespace) -> int:
 
 
 def inspect(given: argparse.Namespace) -> int:
-    found = describe.adapter(read_adapter(given.adapter))
+    if (given.adapter is None) == (given.update is None):
+        raise ValueError("give either ADAPTER or --update BASE TUNED")
+    if given.modules is not None and given.update is None:
+        raise ValueError("--modules goes with --update")
+    if given.plot is not None:
+        # Before what may take long.
+        plots.check(given.plot)
+    bar = iter if given.json else partial(progress, what="spectra")
+    if given.update is None:
+        found = diagnosis.adapter(read_adapter(given.adapter), bar)
+        show, draw = diagnosis.show, partial(plots.adapter, found)
+    else:
+        base, tuned = given.update
+        found, sigmas = updates.update(base, tuned, given.modules, bar)
+        show, draw = updates.show, partial(plots.update, sigmas)
+    if given.plot is not None:
+        draw(given.plot)
     if given.json:
         _print_json(found)
-        return 0
-    modules = found["modules"].values()
-    keys = {
-        "in_features": "in",
-        "out_features": "out",
-        "r": "r",
-        "terms": "terms",
-        "expanded_rank": "K",
-        "scale": "scale",
-        "dropout": "dropout",
-        "dtype": "dtype",
-        "zero_coefficients": "h = 0",
-        "delta_norm": "‖ΔW‖",
-        "quadratic_share": "quadratic",
-    }
-    # What all modules have in common is said once.
-    common = {
-        key: next(iter(modules))[key]
-        for key in keys
-        if key not in ("delta_norm", "quadratic_share") and len({own[key] for own in modules}) == 1
-    }
-    told = [key for key in keys if key not in common]
-    rows = [[name, *(own[key] for key in told)] for name, own in found["modules"].items()]
-    table(found["path"], ["module", *(keys[key] for key in told)], rows)
-    vllm = found["vllm_max_lora_rank"]
-    if common:
-        print("All: " + ", ".join(f"{keys[key]} {shown(value)}" for key, value in common.items()))
-    print(
-        f"{found['parameters']:,} parameters in {len(rows)} modules"
-        + (f", for {found['base_model']}" if found["base_model"] else "")
-        + f". As plain LoRA: rank {found['lora_rank']}, "
-        + (f"vLLM --max-lora-rank {vllm}." if vllm else "more than any --max-lora-rank of vLLM.")
-    )
-    beside = found["trained_beside"]
-    if beside:
-        count = sum(own["parameters"] for own in beside.values())
-        print(f"Trained beside them, {count:,} parameters: {', '.join(beside)}")
-    own_and_beside = {**found["modules"], **beside}
-    broken = [name for name, own in own_and_beside.items() if not own["finite"]]
-    if broken:
-        print(f"Not finite: {', '.join(broken)}")
+    else:
+        show(found)
     return 0
 
 

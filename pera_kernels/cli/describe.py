@@ -1,4 +1,4 @@
-"""``info`` and ``inspect``: what there is, as dictionaries."""
+"""``info``: what there is, as a dictionary."""
 
 from __future__ import annotations
 
@@ -13,14 +13,10 @@ from typing import Any
 import torch
 
 from .. import __version__, backends
-from ..adapters.checkpoint import AdapterFile
-from ..adapters.export import AdapterView, expanded, vllm_max_lora_rank
 from ..checks import BACKENDS
 from ..kernels import interpreting, tiles
-from ..module import product_norm, quadratic_share
-from ..terms import expanded_rank
 
-__all__ = ["adapter", "commit", "installation", "version"]
+__all__ = ["commit", "installation", "version"]
 
 ROOT = Path(__file__).parents[2]
 PACKAGES = ("torch", "triton", "numpy", "safetensors", "peft", "transformers")
@@ -71,49 +67,4 @@ def installation() -> dict[str, Any]:
         "backends": reasons,
         "tile_table": tiles.architecture(device),
         "interpreting": interpreting(),
-    }
-
-
-def adapter(read: AdapterFile) -> dict[str, Any]:
-    """What an adapter folder holds."""
-    modules = {}
-    for name, own in read.tensors.items():
-        options = read.options[name]
-        A, B, h = own["pera_A"], own["pera_B"], own.get("pera_h")
-        K = expanded_rank(options["r"], options["terms"])
-        scale = options["alpha"] / options["r"]
-        view = AdapterView(A, B, h, scale, options["terms"], merged=False)
-        modules[name] = {
-            **options,
-            "scale": scale,
-            "in_features": A.shape[1],
-            "out_features": B.shape[0],
-            "dtype": str(A.dtype).removeprefix("torch."),
-            "parameters": sum(tensor.numel() for tensor in own.values()),
-            "expanded_rank": K,
-            "zero_coefficients": None if h is None else int((h == 0).sum()),
-            "quadratic_share": quadratic_share(A, B, h, options["terms"]),
-            "delta_norm": product_norm(*reversed(expanded(view, work=torch.float64))),
-            "finite": all(bool(torch.isfinite(tensor).all()) for tensor in own.values()),
-        }
-    beside = {
-        name: {
-            "shape": list(tensor.shape),
-            "dtype": str(tensor.dtype).removeprefix("torch."),
-            "parameters": tensor.numel(),
-            "finite": bool(torch.isfinite(tensor).all()),
-        }
-        for name, tensor in read.parameters.items()
-        if name not in read.frozen
-    }
-    lora = max(own["expanded_rank"] for own in modules.values())
-    padded = -(-lora // 16) * 16
-    return {
-        "path": str(read.path),
-        "base_model": read.base_model,
-        "parameters": sum(own["parameters"] for own in modules.values()),
-        "lora_rank": padded,
-        "vllm_max_lora_rank": vllm_max_lora_rank(padded),
-        "modules": modules,
-        "trained_beside": beside,
     }

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
+import statistics
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
-__all__ = ["progress", "shown", "table"]
+__all__ = ["median", "progress", "shown", "table"]
 
 
 def table(title: str, head: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
@@ -14,13 +16,22 @@ def table(title: str, head: Sequence[str], rows: Sequence[Sequence[object]]) -> 
     rich = _rich()
     drawn = rich.table.Table(title=title, title_justify="left", box=rich.box.SIMPLE_HEAD)
     for number, name in enumerate(head):
-        numeric = all(isinstance(row[number], (int, float)) for row in rows)
-        drawn.add_column(name, justify="right" if numeric else "left", no_wrap=number == 0)
+        numeric = all(isinstance(row[number], (int, float, type(None))) for row in rows)
+        justify = "right" if numeric else "left"
+        # In a narrow terminal names are folded, and numbers stay whole.
+        least = 16 if number == 0 else None
+        drawn.add_column(name, justify=justify, no_wrap=numeric, overflow="fold", min_width=least)
     for row in rows:
         drawn.add_row(*(rich.markup.escape(shown(cell)) for cell in row))
     # Where nobody sets a width, as in a pipe, nothing is folded.
     width = None if sys.stdout.isatty() else 200
     rich.console.Console(width=width).print(drawn)
+
+
+def median(values: Iterable[object]) -> float | None:
+    """The median of the numbers among ``values`` that are finite; None where there is none."""
+    finite = [v for v in values if isinstance(v, (int, float)) and math.isfinite(v)]
+    return statistics.median(finite) if finite else None
 
 
 def shown(cell: object) -> str:
