@@ -20,6 +20,9 @@ def test_its_code_runs(page, tmp_path, monkeypatch):
     if page.name == "peft.md":
         pytest.importorskip("peft")
         pytest.importorskip("transformers")
+    if page.name == "inspect.md":
+        pytest.importorskip("matplotlib")
+        pytest.importorskip("rich")
     monkeypatch.chdir(tmp_path)
     names = {"__name__": page.name}
     for code in blocks(page):
