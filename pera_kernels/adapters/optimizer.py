@@ -36,7 +36,7 @@ def parameter_groups(
     eps: float | None = 1e-8,
     weight_decay: float = 0.0,
 ) -> list[dict[str, Any]]:
-    """Parameter groups for AdamW and its like: the factors, and the coefficients h at their own rate.
+    """Parameter groups for AdamW and its like, with a learning rate of their own for the h.
 
     A product of factor entries is far smaller than the entries, so an ``h`` that moves at ``lr``
     changes nothing. By default every layer's h moves as a coefficient of normalised products would

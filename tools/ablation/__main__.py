@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import argparse
-import json
-import math
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import torch
 
-from tools.ablation import report
-from tools.ablation.runs import Row, remaining, train
+from tools.ablation import report, rows, timing
+from tools.ablation.runs import CHOICE_SEED, Row, remaining, train
 from tools.ablation.task import Task
 from tools.ablation.topics import Topics
 from tools.ablation.verses import Verses
@@ -29,13 +26,21 @@ examples:
 """
 
 
+def seeds(text: str) -> int:
+    """A number of seeds that the intervals have a quantile for."""
+    count = whole_number(2)(text)
+    if count > 10:
+        raise argparse.ArgumentTypeError(f"{text!r} is more than 10")
+    return count
+
+
 def build_parser() -> OneLineParser:
     parser = OneLineParser(
         prog="python -m tools.ablation",
-        description="Compare LoRA and PERA's terms on two tasks. Learning rates are chosen for each\n"
-        "method by the validation loss of one seed; other seeds give the results. Every run is\n"
-        "a line of a file: what has a line is not run again, so an interrupted command goes on\n"
-        "where it was.",
+        description="Compare LoRA and PERA's terms on two tasks. Learning rates are chosen for\n"
+        "each method by the validation loss of one seed; other seeds give the results. Every run\n"
+        "is a line of a file: what has a line is not run again, so an interrupted command goes\n"
+        "on where it was.",
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -43,35 +48,19 @@ def build_parser() -> OneLineParser:
     add("--task", choices=tuple(TASKS), action="append", help="one of them (default: both)")
     ranks = "ranks to compare at (default: 16 4)"
     add("--ranks", type=whole_number(1), nargs="+", default=[16, 4], metavar="R", help=ranks)
-    add("--seeds", type=whole_number(2), default=5, help="runs of each method (default: 5)")
+    add("--seeds", type=seeds, default=5, help="runs of each method, 2 to 10 (default: 5)")
     add("--steps", type=whole_number(1), help="steps of a run (default: the task's)")
     add("--threads", type=whole_number(1), default=1, help="CPU threads (default: 1)")
-    add("--out", type=Path, default=report.RESULTS, help="folder of the rows, tables and plots")
-    add("--report", action="store_true", help="run nothing")
+    add("--out", type=Path, default=rows.RESULTS, help="folder of the rows and plots")
+    kind = parser.add_mutually_exclusive_group().add_argument
+    kind("--report", action="store_true", help="run nothing, draw what there is")
+    kind("--time", action="store_true", help="time a step of each method, on an idle computer")
     return parser
 
 
-def read(folder: Path) -> list[Row]:
+def read_all(folder: Path) -> list[Row]:
     """The rows of all tasks."""
-    lines = (line for path in sorted(folder.glob("*.jsonl")) for line in path.open())
-    return [json.loads(line) for line in lines]
-
-
-def append(path: Path, row: Row) -> None:
-    """Add a row, floats with five digits."""
-    with path.open("a") as lines:
-        lines.write(json.dumps(rounded(row)) + "\n")
-
-
-def rounded(value: Any) -> Any:
-    """Floats with five digits, and none where a run diverged."""
-    if isinstance(value, dict):
-        return {key: rounded(item) for key, item in value.items()}
-    if isinstance(value, list):
-        return [rounded(item) for item in value]
-    if isinstance(value, float):
-        return float(f"{value:.5g}") if math.isfinite(value) else None
-    return value
+    return [row for name in TASKS for row in rows.read(folder / f"{name}.jsonl")]
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -88,11 +77,17 @@ def main(arguments: list[str] | None = None) -> int:
             for name in options.task or TASKS:
                 task = TASKS[name](out / "cache")
                 steps = options.steps or task.steps
-                while trial := next(remaining(task, read(out), options.ranks, options.seeds), None):
-                    append(out / f"{name}.jsonl", train(task, trial, steps))
-        if not (rows := read(out)):
-            parser.error(f"argument --report: {out} has no rows yet")
-        report.write(rows, out)
+                file = out / f"{name}.jsonl"
+                if options.time:
+                    timing.measure(task, options.ranks, out / "times.jsonl")
+                    continue
+                while trial := next(
+                    remaining(task, rows.read(file), options.ranks, options.seeds), None
+                ):
+                    rows.append(file, train(task, trial, steps))
+        if not any(row["seed"] != CHOICE_SEED for row in read_all(out)):
+            parser.error(f"argument --out: {out} has no results yet")
+        report.write(out)
     except ImportError as error:
         parser.exit(1, f"{parser.prog}: error: {error}\n")
     except OSError as error:

@@ -1,7 +1,170 @@
+"""Tables and plots of the ablation, from its rows; the parts of docs/ablation.md."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from typing import Any
 
-RESULTS = Path(__file__).resolve().parents[2] / "benchmarks" / "results" / "ablation"
+import pandas as pd
+
+from tools import documents
+from tools.ablation import plots, rows
+from tools.ablation.runs import CHOICE_SEED, FULL
+
+__all__ = ["PAGE", "difference", "results", "worth", "write"]
+
+PAGE = documents.ROOT / "docs" / "ablation.md"
+TASKS = ("topics", "verses")
+LABELS = {
+    "lora": "LoRA",
+    "full": "PERA full",
+    "square": "PERA square-only",
+    "cross": "PERA cross-only",
+    "lora_parameters": "LoRA, no fewer parameters",
+    "lora_half_more": "LoRA, half as many ranks again",
+    "lora_expanded": "LoRA of the expanded rank",
+    FULL.key: FULL.label,
+}
+PERA = ("full", "square", "cross")
+# 97.5 % quantiles of Student's t by degrees of freedom.
+STUDENT = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
 
 
-def write(rows, out):
-    pass
+def results(folder: Path, task: str) -> pd.DataFrame:
+    """The runs that count, a line each: those whose rates were chosen before, on another seed."""
+    frame = pd.DataFrame(rows.read(folder / f"{task}.jsonl"))
+    return frame[frame["seed"] != CHOICE_SEED] if len(frame) else frame
+
+
+def mean(values: pd.Series, digits: int = 4) -> str:
+    """Mean ± standard error; a dash where a run has none."""
+    if values.isna().any():
+        return "diverged"
+    if len(values) < 2:
+        return f"{values.mean():.{digits}f}"
+    return f"{values.mean():.{digits}f} ± {values.sem():.{digits}f}"
+
+
+def difference(runs: pd.DataFrame, method: str, r: int, loss: str) -> tuple[float, float]:
+    """The mean of LoRA's loss less the method's, seed by seed at one rank, and the half width of
+    its 95 % interval (Student's t).
+    """
+    by_seed = {
+        key: own.set_index("seed")[loss] for key, own in runs[runs["r"] == r].groupby("method")
+    }
+    gains = (by_seed["lora"] - by_seed[method]).dropna()
+    half = STUDENT[len(gains) - 2] * gains.sem() if len(gains) > 1 else math.nan
+    return float(gains.mean()), float(half)
+
+
+def worth(runs: pd.DataFrame, method: str, r: int, loss: str) -> float:
+    """How many more ranks LoRA needs for the method's mean loss: by straight lines between the
+    ranks that were trained; NaN outside of them.
+    """
+    own = runs[runs["r"] == r]
+    lora = own[own["method"].str.startswith("lora")].groupby("rank")[loss].mean().sort_index()
+    reached = own[own["method"] == method][loss].mean()
+    for (low, before), (high, after) in zip(lora.items(), list(lora.items())[1:], strict=False):
+        if after <= reached <= before:
+            return float(low + (high - low) * (before - reached) / (before - after) - r)
+    return math.nan
+
+
+def table(folder: Path, task: str) -> str:
+    """One line for each method and rank."""
+    runs = results(folder, task)
+    if not len(runs):
+        return "Not run yet."
+    timed = [row for row in rows.read(folder / "times.jsonl") if row["task"] == task]
+    times = {(row["method"], row["r"]): row["step_ms"] for row in timed}
+    head = ["method", "rank", "parameters", "lr, h", "seeds", "training", "test"]
+    head += ["better than LoRA r, test", "training", "share", "step, ms"]
+    lines = []
+    for r, key in itertools.product(sorted(runs["r"].unique()), LABELS):
+        own = runs[(runs["method"] == key) & (runs["r"] == r)]
+        if not len(own):
+            continue
+        first = own.iloc[0]
+        share = own["shares"].map(lambda shares: shares[-1] if shares else math.nan).mean()
+        gains = ["", ""]
+        if key not in ("lora", FULL.key):
+            both = (difference(runs, key, r, loss) for loss in ("test", "training"))
+            gains = [f"{gain:+.4f} ± {half:.4f}" for gain, half in both]
+        lines.append(
+            [
+                LABELS[key],
+                first["rank"] or "all",
+                f"{first['parameters']:,}",
+                f"{first['lr']:g}" + (f", {first['multiple']:g} ×" if key in PERA else ""),
+                len(own),
+                mean(own["training"]),
+                mean(own["test"]),
+                *gains,
+                "" if math.isnan(share) else f"{share:.0%}",
+                f"{times[key, r]:.0f}" if (key, r) in times else "",
+            ]
+        )
+    return documents.table(head, lines)
+
+
+def worths(folder: Path) -> str:
+    """What the products are worth in LoRA ranks."""
+    lines = []
+    for task in TASKS:
+        runs = results(folder, task)
+        for r in sorted(runs["r"].unique()) if len(runs) else []:
+            for key in PERA:
+                own = runs[(runs["r"] == r) & (runs["method"] == key)]
+                if not len(own):
+                    continue
+                found = [worth(runs, key, r, loss) for loss in ("training", "test")]
+                shown = ["outside" if math.isnan(ranks) else f"{ranks:+.1f}" for ranks in found]
+                lines.append([task, LABELS[key], r, *shown])
+    return documents.table(["task", "method", "r", "by training loss", "by test loss"], lines, 2)
+
+
+def rates(folder: Path) -> str:
+    """Validation loss and final share for each rule of h's rate, a column for each setting."""
+    frame = pd.DataFrame(rows.read(folder / "rates.jsonl"))
+    if not len(frame):
+        return "Not run yet."
+    settings = list(dict.fromkeys(frame["setting"]))
+    lines = []
+    for rule in dict.fromkeys(frame["rule"]):
+        cells: list[Any] = [rule]
+        for setting in settings:
+            own = frame[(frame["rule"] == rule) & (frame["setting"] == setting)]
+            if not len(own):
+                cells.append("")
+                continue
+            run = own.iloc[0]
+            share = f" ({run['shares'][-1]:.1%})" if run["shares"] else ""
+            lowest = frame[frame["setting"] == setting]["validation"].min()
+            loss = f"{run['validation']:.4f}" if run["validation"] is not None else "diverged"
+            cells.append((f"**{loss}**" if run["validation"] == lowest else loss) + share)
+        lines.append(cells)
+    return documents.table(["rule", *settings], lines)
+
+
+def parts(folder: Path) -> dict[str, Callable[[], str]]:
+    tables = {task: partial(table, folder, task) for task in TASKS}
+    return {**tables, "worth": partial(worths, folder), "rates": partial(rates, folder)}
+
+
+def page(folder: Path) -> str:
+    """docs/ablation.md with its tables made again."""
+    return documents.render(PAGE.read_text(), parts(folder), PAGE.name)
+
+
+def write(folder: Path) -> None:
+    """Draw the plots and print the tables; those of the committed rows go into the page."""
+    for task in TASKS:
+        plots.draw(results(folder, task), folder, task)
+    if folder.resolve() == rows.RESULTS:
+        documents.write({PAGE: page(folder)}, "tools.ablation --report", check=False)
+    else:
+        print("\n\n".join(make() for make in parts(folder).values()))

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from tqdm import tqdm
 
 import pera_kernels as pk
@@ -138,34 +138,67 @@ def _choose(
 
 
 def train(task: Task, trial: Trial, steps: int) -> Row:
-    """Train once; the row says how it ended. A choice sees the validation part, a result the test."""
+    """Train once. A choice is evaluated on the validation part, a result on the test part."""
     method = trial.method
-    part = "validation" if trial.seed == CHOICE_SEED else "test"
+    row: Row = {
+        "task": task.name,
+        "method": method.key,
+        "r": method.r,
+        "rank": method.rank,
+        "lr": trial.lr,
+        "multiple": trial.multiple,
+        "seed": trial.seed,
+    }
+    names = list(adapted(task, r=1, terms="linear")[1]) if method.terms is None else []
     torch.manual_seed(trial.seed)
     if method.terms is None:
-        names = list(adapted(task, r=1, terms="linear")[1])
-        torch.manual_seed(trial.seed)
-        model, layers = task.model().float(), {}
-        weights = [model.get_submodule(name).weight for name in names]
+        model, layers = task.model().float(), dict[str, pk.PeraLinear]()
+        weights = [model.get_parameter(f"{name}.weight").requires_grad_() for name in names]
         start = [weight.detach().clone() for weight in weights]
-        beside = [p for name in task.trained_beside for p in model.get_submodule(name).parameters()]
-        trained: list[Tensor] = [weight.requires_grad_() for weight in weights] + beside
+        trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
         groups: list[dict[str, Any]] = [{"params": trained, "lr": trial.lr, "weight_decay": 0.0}]
     else:
         model, layers = adapted(task, r=method.rank, terms=method.terms)
         groups = pk.parameter_groups(model, trial.lr)
         for group in groups:
             group["lr"] *= trial.multiple if group["name"] == "coefficients" else 1.0
+    label = f"{method.label} {method.rank}, lr {trial.lr:g} × {trial.multiple:g}, {trial.seed}"
+    part = "validation" if trial.seed == CHOICE_SEED else "test"
     optimizer = torch.optim.AdamW(groups)
+    row |= fit(task, model, list(layers.values()), optimizer, steps, trial.seed, label)
+    row[part] = task.evaluate(model, part)
+    if trial.seed == 0 and (method.key, method.r) in WITH_SPECTRUM:
+        with torch.no_grad():
+            if method.terms is None:
+                updates = [weight - old for weight, old in zip(weights, start, strict=True)]
+            else:
+                updates = [layer.delta_weight() for layer in layers.values()]
+        row["spectra"] = [torch.linalg.svdvals(update).tolist() for update in updates]
+    return row
+
+
+def fit(
+    task: Task,
+    model: nn.Module,
+    layers: Sequence[pk.PeraLinear],
+    optimizer: torch.optim.Optimizer,
+    steps: int,
+    seed: int,
+    label: str,
+) -> Row:
+    """Train with a warm-up and a cosine, on the seed's batches; what was seen on the way.
+
+    ``shares`` are the layers' mean quadratic shares after every fifth of the steps.
+    """
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda step: warmup_then_cosine(step, steps)
     )
     losses: list[float] = []
     shares: list[float] = []
     times: list[float] = []
-    named = f"{method.label} {method.rank}, lr {trial.lr:g} × {trial.multiple:.2g}, {trial.seed}"
-    batches = itertools.islice(task.batches(trial.seed), steps)
-    for step, batch in enumerate(tqdm(batches, desc=named, total=steps, disable=None), start=1):
+    fifths = {round(steps * n / 5) for n in range(1, 6)}
+    batches = itertools.islice(task.batches(seed), steps)
+    for step, batch in enumerate(tqdm(batches, desc=label, total=steps, disable=None), start=1):
         started = time.perf_counter()
         loss = task.loss(model, batch)
         optimizer.zero_grad()
@@ -176,34 +209,18 @@ def train(task: Task, trial: Trial, steps: int) -> Row:
         losses.append(loss.item())
         if not math.isfinite(losses[-1]):
             break
-        if method.has_h and step * 4 % steps < 4:
-            shares.append(statistics.fmean(layer.quadratic_share() for layer in layers.values()))
-    row: Row = {
-        "task": task.name,
-        "method": method.key,
-        "r": method.r,
-        "rank": method.rank,
-        "lr": trial.lr,
-        "multiple": trial.multiple,
-        "seed": trial.seed,
+        if step in fifths and any(layer.pera_h is not None for layer in layers):
+            shares.append(statistics.fmean(layer.quadratic_share() for layer in layers))
+    return {
         "steps": steps,
         "parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
         "step_ms": 1000 * statistics.median(times),
         "curve": [statistics.fmean(part) for part in parts(losses)],
         "training": statistics.fmean(losses[-max(1, steps // 3) :]),
-        part: task.evaluate(model, part),
         "shares": shares,
         "torch": torch.__version__,
         "commit": describe.commit(),
     }
-    if trial.seed == 0 and (method.key, method.r) in WITH_SPECTRUM:
-        with torch.no_grad():
-            if method.terms is None:
-                updates = [weight - old for weight, old in zip(weights, start, strict=True)]
-            else:
-                updates = [layer.delta_weight() for layer in layers.values()]
-        row["spectra"] = [torch.linalg.svdvals(update).tolist() for update in updates]
-    return row
 
 
 def parts(losses: Sequence[float]) -> list[Sequence[float]]:

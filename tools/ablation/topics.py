@@ -31,18 +31,20 @@ class Topics(Task):
     name = "topics"
     unit = "bits per byte"
     steps = 300
-    rates = (0.005, 0.01, 0.015, 0.02)
+    rates = (0.01, 0.015, 0.022)
     rates_of_full = (0.001, 0.002, 0.004)
     targets = TARGET_MODULES
-    width = 128
 
-    def __init__(self, cache: Path, pretrain_steps: int = 700, batch: int = 8) -> None:
+    def __init__(
+        self, cache: Path, width: int = 128, pretrain_steps: int = 700, batch: int = 8
+    ) -> None:
+        self.width = width
         self.batch = batch
         self.parts = {name: data.as_tokens(text) for name, text in topic_parts().items()}
         settings = Settings(1, (), 1, pretrain_steps, batch, lr=1.0, lr_h=None, seed=0)
-        pretraining = Pretraining(settings, torch.device("cpu"))
+        pretraining = Pretraining(settings, torch.device("cpu"), width)
         self.base = pretraining.model
-        saved = cache / f"topics-{pretrain_steps}.pt"
+        saved = cache / f"topics-{width}-{pretrain_steps}.pt"
         if saved.exists():
             self.base.load_state_dict(torch.load(saved, weights_only=True))
             self.base.requires_grad_(False)

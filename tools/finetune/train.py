@@ -148,11 +148,11 @@ def warmup_then_cosine(step: int, steps: int) -> float:
 class Pretraining:
     """The base model, trained on `source` and then frozen."""
 
-    def __init__(self, settings: Settings, device: torch.device) -> None:
+    def __init__(self, settings: Settings, device: torch.device, width: int = 128) -> None:
         self.settings = settings
         self.run = Run("base", "Pretraining")
         torch.manual_seed(settings.seed)
-        self.model = ByteTransformer().to(device)
+        self.model = ByteTransformer(width=width).to(device)
         self.run.metrics["parameters"] = sum(p.numel() for p in self.model.parameters())
 
     def train(self, source: Tensor, held_out: Tensor) -> None:

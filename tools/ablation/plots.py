@@ -1,0 +1,122 @@
+"""Plots of the ablation: curves, losses by rank, singular values of what was learned."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+__all__ = ["draw"]
+
+COLOURS = {"lora": "C0", "full": "C3", "square": "C1", "cross": "C2", "full_fine_tuning": "0.4"}
+LABELS = {
+    "lora": "LoRA",
+    "full": "PERA full",
+    "square": "PERA square-only",
+    "cross": "PERA cross-only",
+    "full_fine_tuning": "full fine-tuning",
+}
+
+
+def draw(runs: pd.DataFrame, folder: Path, task: str) -> None:
+    """``TASK-curves.svg``, ``TASK-ranks.svg`` and ``TASK-spectra.svg``, where there are runs."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    # The same rows give the same files.
+    matplotlib.rcParams["svg.hashsalt"] = "pera"
+    from matplotlib import pyplot
+
+    if not len(runs):
+        return
+    for name, plot in (("curves", curves), ("ranks", ranks), ("spectra", spectra)):
+        figure = plot(pyplot, runs, task)
+        if figure is not None:
+            figure.savefig(folder / f"{task}-{name}.svg", metadata={"Date": None})
+            pyplot.close(figure)
+
+
+def curves(pyplot, runs, task):  # type: ignore[no-untyped-def]
+    """Training losses and, seed by seed, how far below LoRA's: mean and standard error."""
+    present = sorted(runs.loc[runs["method"].isin(LABELS) & (runs["r"] > 0), "r"].unique())
+    figure, axes = pyplot.subplots(
+        2, len(present), figsize=(5.5 * len(present), 7), layout="constrained", squeeze=False
+    )
+    for (above, below), r in zip(axes.T, present, strict=True):
+        own = runs[runs["r"] == r].sort_values("seed")
+        by_method = {key: own[own["method"] == key] for key in LABELS}
+        by_method = {key: part for key, part in by_method.items() if len(part)}
+        lora = np.array(by_method["lora"]["curve"].tolist()) if "lora" in by_method else None
+        for key, part in by_method.items():
+            losses = np.array(part["curve"].tolist())
+            steps = (np.arange(losses.shape[1]) + 0.5) * part["steps"].iloc[0] / losses.shape[1]
+            band(above, steps, losses, key)
+            if lora is not None and key != "lora" and lora.shape == losses.shape:
+                band(below, steps, lora - losses, key)
+        above.set(title=f"{task}, rank {r}", ylabel="training loss", xlabel="step")
+        below.set(ylabel="LoRA's loss less the method's", xlabel="step")
+        below.axhline(0, color=COLOURS["lora"], linewidth=1)
+        for axis in (above, below):
+            axis.grid(alpha=0.3)
+    axes[0, 0].legend()
+    return figure
+
+
+def band(axis, steps, values, key):  # type: ignore[no-untyped-def]
+    """Mean over the runs, and a band of one standard error."""
+    mean = values.mean(0)
+    axis.plot(steps, mean, color=COLOURS[key], label=LABELS[key])
+    if len(values) > 1:
+        error = values.std(0, ddof=1) / len(values) ** 0.5
+        axis.fill_between(steps, mean - error, mean + error, color=COLOURS[key], alpha=0.2)
+
+
+def ranks(pyplot, runs, task):  # type: ignore[no-untyped-def]
+    """Losses by the adapter's rank (the paper's Figure 3): LoRA at every rank that was trained."""
+    figure, axes = pyplot.subplots(1, 2, figsize=(11, 4), layout="constrained")
+    for axis, loss in zip(axes, ("training", "test"), strict=True):
+        for key in ("lora", "full", "square", "cross"):
+            lora = runs["method"].str.startswith("lora")
+            own = runs[lora if key == "lora" else runs["method"] == key].groupby("rank")[loss]
+            axis.errorbar(
+                own.mean().index,
+                own.mean(),
+                own.sem(),
+                color=COLOURS[key],
+                label=LABELS[key],
+                marker="o",
+                capsize=3,
+            )
+        axis.set_xscale("log", base=2)
+        axis.set(title=f"{task}: {loss} loss", xlabel="rank of the adapter")
+        axis.grid(alpha=0.3)
+    axes[0].legend()
+    return figure
+
+
+def spectra(pyplot, runs, task):  # type: ignore[no-untyped-def]
+    """Singular values of the learned updates, every layer and their median."""
+    if "spectra" not in runs or not runs["spectra"].notna().any():
+        return None
+    kept = runs[runs["spectra"].notna()]
+    figure, axis = pyplot.subplots(figsize=(7, 4.5), layout="constrained")
+    for _, run in kept.iterrows():
+        layers = [np.array(sigma) / sigma[0] for sigma in run["spectra"]]
+        shortest = min(map(len, layers))
+        for sigma in layers:
+            axis.plot(np.arange(1, len(sigma) + 1), sigma, color=COLOURS[run["method"]], alpha=0.08)
+        median = np.median([sigma[:shortest] for sigma in layers], axis=0)
+        label = LABELS[run["method"]] + (f", rank {run['rank']}" if run["rank"] else "")
+        axis.plot(np.arange(1, shortest + 1), median, color=COLOURS[run["method"]], label=label)
+    axis.set(
+        xscale="log",
+        yscale="log",
+        ylim=(1e-3, 1.2),
+        xlabel="k",
+        ylabel="σ_k / σ_1",
+        title=f"{task}: singular values of what was learned",
+    )
+    axis.grid(alpha=0.3)
+    axis.legend()
+    return figure

@@ -1,0 +1,165 @@
+"""`python -m tools.ablation.rates`: rules for the learning rate of h, in settings that differ."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import pera_kernels as pk
+from tools.ablation.rows import RESULTS, append, read
+from tools.ablation.runs import Row, adapted, fit
+from tools.ablation.task import Task
+from tools.ablation.topics import Topics
+from tools.ablation.verses import Verses
+from tools.finetune.__main__ import OneLineParser, whole_number
+
+__all__ = ["RULES", "SETTINGS"]
+
+SEED = 1000
+
+
+@dataclass(frozen=True)
+class Setting:
+    """Where a rule is tried."""
+
+    name: str
+    task: str
+    lr: float
+    r: int = 16
+    width: int = 128
+    steps: int | None = None
+
+
+SETTINGS = (
+    Setting("width 64", "topics", 0.015, width=64),
+    Setting("width 128", "topics", 0.015),
+    Setting("width 256", "topics", 0.008, width=256),
+    Setting("lr / 4", "topics", 0.00375),
+    Setting("rank 4", "topics", 0.015, r=4),
+    Setting("75 steps", "topics", 0.015, steps=75),
+    Setting("1000 steps", "topics", 0.015, steps=1000),
+    Setting("verses, width 384", "verses", 0.003),
+    Setting("verses, lr / 3", "verses", 0.001),
+)
+
+
+class Normalised:
+    """Before and after every step of an optimizer, h = q / (rms(A) rms(B)²): AdamW trains q."""
+
+    def __init__(self, optimizer: torch.optim.Optimizer, layers: list[pk.PeraLinear]) -> None:
+        self.layers = [(layer, layer.pera_h) for layer in layers if layer.pera_h is not None]
+        optimizer.register_step_pre_hook(self.to_q)
+        optimizer.register_step_post_hook(self.to_h)
+
+    @staticmethod
+    def size(layer: pk.PeraLinear) -> torch.Tensor:
+        return layer.pera_A.square().mean().sqrt() * layer.pera_B.square().mean()
+
+    @torch.no_grad()
+    def to_q(self, *_: Any) -> None:
+        for layer, h in self.layers:
+            # While B is zero h is, and has no gradient.
+            if h.grad is not None and (size := self.size(layer)) > 0.0:
+                h.mul_(size)
+                h.grad.div_(size)
+
+    @torch.no_grad()
+    def to_h(self, *_: Any) -> None:
+        for layer, h in self.layers:
+            if h.any():
+                h.div_(self.size(layer))
+
+
+def fixed(multiple: float) -> Callable[[Any, float], torch.optim.Optimizer]:
+    def optimizer(model: Any, lr: float) -> torch.optim.Optimizer:
+        return torch.optim.AdamW(pk.parameter_groups(model, lr, lr_h=multiple * lr))
+
+    return optimizer
+
+
+def normalised(model: Any, lr: float) -> torch.optim.Optimizer:
+    optimizer = torch.optim.AdamW(pk.parameter_groups(model, lr, lr_h=0.1 * lr))
+    Normalised(optimizer, list(pk.adapted_modules(model).values()))
+    return optimizer
+
+
+def default(multiple: float) -> Callable[[Any, float], torch.optim.Optimizer]:
+    def optimizer(model: Any, lr: float) -> torch.optim.Optimizer:
+        groups = pk.parameter_groups(model, lr)
+        for group in groups:
+            group["lr"] *= multiple if group["name"] == "coefficients" else 1.0
+        return torch.optim.AdamW(groups)
+
+    return optimizer
+
+
+RULES: dict[str, Callable[[Any, float], torch.optim.Optimizer]] = {
+    "LoRA": fixed(1.0),
+    "1 × lr": fixed(1.0),
+    "30 × lr": fixed(30.0),
+    "1000 × lr": fixed(1000.0),
+    "30000 × lr": fixed(30000.0),
+    "default / 3": default(1 / 3),
+    "default": default(1.0),
+    "default × 3": default(3.0),
+    "normalised at every step": normalised,
+}
+
+
+def run(task: Task, setting: Setting, rule: str) -> Row:
+    """Train once by a rule; the loss is that of the validation part."""
+    torch.manual_seed(SEED)
+    terms = "linear" if rule == "LoRA" else "full"
+    model, layers = adapted(task, r=setting.r, terms=terms)
+    optimizer = RULES[rule](model, setting.lr)
+    steps = setting.steps or task.steps
+    label = f"{setting.name}, {rule}"
+    row = {"setting": setting.name, "task": setting.task, "rule": rule, "lr": setting.lr}
+    row |= {"r": setting.r, "width": task.width}
+    row |= fit(task, model, list(layers.values()), optimizer, steps, SEED, label)
+    return {**row, "validation": task.evaluate(model, "validation")}
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """The exit status: 0, 2 for bad options, 130 after an interrupt."""
+    parser = OneLineParser(
+        prog="python -m tools.ablation.rates",
+        description="Train full PERA with each rule for the learning rate of h, in settings of\n"
+        "other widths, ranks, rates and lengths. What has a row is not run again.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add = parser.add_argument
+    names = [setting.name for setting in SETTINGS]
+    add("--settings", choices=names, nargs="+", default=names, help="some of them (default: all)")
+    add("--rules", choices=tuple(RULES), nargs="+", default=tuple(RULES), help="the same of rules")
+    add("--threads", type=whole_number(1), default=1, help="CPU threads (default: 1)")
+    add("--out", type=Path, default=RESULTS, help="folder of rates.jsonl")
+    options = parser.parse_args(arguments)
+    torch.set_num_threads(options.threads)
+    file = options.out / "rates.jsonl"
+    try:
+        for setting in (s for s in SETTINGS if s.name in options.settings):
+            done = {row["rule"] for row in read(file) if row["setting"] == setting.name}
+            left = [rule for rule in options.rules if rule not in done]
+            if not left:
+                continue
+            cache = options.out / "cache"
+            task = Verses(cache) if setting.task == "verses" else Topics(cache, setting.width)
+            for rule in left:
+                append(file, run(task, setting, rule))
+    except ImportError as error:
+        parser.exit(1, f"{parser.prog}: error: {error}\n")
+    except KeyboardInterrupt:
+        print(f"\nInterrupted: {file} has what was run", file=sys.stderr)
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
