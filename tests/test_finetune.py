@@ -95,9 +95,9 @@ def test_methods_start_from_the_same_factors_and_count_their_parameters():
     assert list(methods) == [
         "lora",
         "lora_matched",
+        "lora_half_more",
         "pera_square",
         "pera_full",
-        "pera_full_common_lr",
     ]
     started = {key: train.Adaptation(base, methods[key], SETTINGS) for key in methods}
     reference = pk.adapter_state_dict(started["lora"].model)
@@ -143,11 +143,11 @@ def test_program_writes_results_adapters_plot_and_markdown(tmp_path, small_corpo
     assert run_program(tmp_path, "--terms", "full,linear") == 0
     results = json.loads((tmp_path / "results.json").read_text())
     assert results["status"] == "finished"
-    assert results["settings"]["lr_h"] == 100 * results["settings"]["lr"]
+    assert results["settings"]["lr_h"] is None
     assert results["environment"]["pera_kernels"] == pk.__version__
     assert (tmp_path / "loss.png").read_bytes().startswith(b"\x89PNG")
     keys = [run["key"] for run in results["methods"]]
-    assert keys == ["lora", "lora_matched", "pera_full", "pera_full_common_lr"]
+    assert keys == ["lora", "lora_matched", "lora_half_more", "pera_full"]
     for run in results["methods"]:
         assert run["status"] == "finished"
         assert len(run["loss"]) == len(run["step_ms"]) == 4
@@ -159,7 +159,7 @@ def test_program_writes_results_adapters_plot_and_markdown(tmp_path, small_corpo
     # B = 0 at the start: every method begins as the base model, and learns from the same bytes.
     assert len({run["held_out"][0][1] for run in results["methods"]}) == 1
     assert len({run["loss"][0] for run in results["methods"]}) == 1
-    assert results["methods"][2]["metrics"]["quadratic_share"] > 0
+    assert results["methods"][3]["metrics"]["quadratic_share"] > 0
     assert results["methods"][0]["metrics"]["quadratic_share"] == 0
 
     capsys.readouterr()
@@ -183,9 +183,10 @@ def test_same_seed_same_results(tmp_path, small_corpora):
 
 
 def test_a_diverging_method_is_reported_and_the_others_go_on(tmp_path, small_corpora, capsys):
-    assert run_program(tmp_path, "--terms", "full", "--lr", "1e-2", "--lr-h", "1e38") == 0
+    assert run_program(tmp_path, "--terms", "linear,full", "--lr-h", "1e38") == 0
     runs = json.loads((tmp_path / "results.json").read_text())["methods"]
-    assert [run["status"] for run in runs] == ["diverged", "finished"]
+    assert [run["status"] for run in runs] == ["finished"] * 3 + ["diverged"]
+    runs.reverse()
     assert "held_out_bits_per_byte" not in runs[0]["metrics"]
     assert "PERA full (diverged)" in capsys.readouterr().out
 
@@ -246,6 +247,13 @@ def test_bad_values_are_refused_in_one_line(options, message, capsys):
     error = capsys.readouterr().err
     assert message in error
     assert error.count("\n") == 1
+
+
+def test_the_rank_at_which_a_loss_is_reached():
+    points = [(4, 3.0), (5, 2.0), (8, 1.4), (10, 1.6)]
+    assert [report.crossing(points, level) for level in (3.0, 2.5, 1.7)] == [4, 4.5, 6.5]
+    assert report.crossing(points, 3.1) is report.crossing(points, 1.3) is None
+    assert report.crossing([(2, 1.0), (3, 1.0)], 1.0) == 2
 
 
 def test_report_refuses_what_it_cannot_read(tmp_path, capsys):

@@ -130,29 +130,6 @@ def test_a_layer_whose_weight_is_read_without_a_call_is_refused():
         pk.inject(m, ["out_proj"], r=2)
 
 
-def test_parameter_groups():
-    m = pk.inject(model(), ["q_proj"], r=2)
-    m["head"].weight.requires_grad_(True)
-    groups = {g["name"]: g for g in pk.parameter_groups(m, 1e-3, lr_h=0.5, weight_decay=0.1)}
-    assert len(groups["factors"]["params"]) == 4 and groups["factors"]["lr"] == 1e-3
-    assert groups["coefficients"]["lr"] == 0.5 and groups["coefficients"]["weight_decay"] == 0.0
-    assert groups["other"]["params"] == [m["head"].weight]
-    optimizer = torch.optim.AdamW(list(groups.values()))
-    assert sum(len(g["params"]) for g in optimizer.param_groups) == 7
-    default = pk.parameter_groups(m, 1e-3)
-    assert [g["lr"] for g in default] == [1e-3] * 3
-
-
-def test_parameter_groups_refuse_bad_rates_and_plain_models():
-    m = pk.inject(model(), ["q_proj"], r=2)
-    with pytest.raises(ValueError, match="lr_h must be finite and >= 0; got -1"):
-        pk.parameter_groups(m, 1e-3, lr_h=-1)
-    with pytest.raises(TypeError, match="lr must be a number"):
-        pk.parameter_groups(m, "fast")
-    with pytest.raises(ValueError, match="no adapter to train: call inject first"):
-        pk.parameter_groups(model(), 1e-3)
-
-
 def test_every_target_of_a_list_has_to_match():
     refused(Attention(), "'v_porj' matches no linear", lambda m: pk.inject(m, ["q_proj", "v_porj"]))
 

@@ -119,7 +119,7 @@ class TestAdapter:
         assert found["quadratic_share"] == pytest.approx(0.009)
         line = printed(capsys, tmp_path / "weak").strip().splitlines()[-1]
         assert line.startswith("The products do nothing: they are 0.90% of BA.")
-        assert "lr_h=" in line and "export-lora --rank 3 loses at most" in line
+        assert "parameter_groups" in line and "export-lora --rank 3 loses at most" in line
         assert f"{found['largest_error_at_r']:.2%} of ΔW" in line
         for folder, options in (("more", {"h": 0.011 / share}), ("lora", {"terms": "linear"})):
             saved(tmp_path / folder, **options)

@@ -430,6 +430,21 @@ def test_coefficients_at_their_own_rate(tmp_path):
         parameter_groups(llama().requires_grad_(False), 1e-3)
 
 
+@pytest.mark.parametrize("init", [True, "gaussian"])
+def test_the_default_rate_of_h_is_that_of_plain_layers(init):
+    """By width, and by what A starts with."""
+    model = adapted(init_weights=init).train()
+    got = {h: g for g in parameter_groups(model, 1e-3) for h in g["params"]}
+    plain = "gaussian" if init == "gaussian" else "kaiming"
+    for layer in layers(model).values():
+        own = pk.PeraLinear(layer.in_features, layer.out_features, layer.r["default"], init=plain)
+        (_, expected) = pk.parameter_groups(own, 1e-3)
+        group = got[layer.pera_h["default"]]
+        assert group["name"] == expected["name"] == "coefficients"
+        assert group["lr"] == pytest.approx(expected["lr"])
+        assert group["eps"] == pytest.approx(expected["eps"])
+
+
 @pytest.mark.parametrize("combination", ["cat", "svd"])
 def test_add_weighted_adapter(combination):
     model = adapted()

@@ -29,6 +29,7 @@ from .inject import (
     base_name,
     require_adapters,
 )
+from .optimizer import warn_of_idle_products
 from .trained import Found, find, plain_name
 
 __all__ = [
@@ -172,6 +173,9 @@ def save_adapter(
         base_model: a hint for people, such as a model's name; by default what the model's own
             configuration says.
 
+    Warns:
+        UserWarning: h trained, and the products are below a hundredth of BA in every layer.
+
     Raises:
         ValueError: the model has no adapter, or one that does not fit its options.
         OSError: the folder cannot be written; what was there is untouched.
@@ -195,6 +199,7 @@ def save_adapter(
     metadata = {"pera_config": text, "pera_digest": _digest(text, tensors)}
     files.write_safetensors(folder / TENSORS_FILE, tensors, metadata)
     files.write_json(folder / CONFIG_FILE, _for_peft(config))
+    warn_of_idle_products(layers.values())
 
 
 def read_adapter(folder: str | os.PathLike[str]) -> AdapterFile:

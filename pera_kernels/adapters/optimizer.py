@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 from torch import nn
 
 from ..checks import check_rate
+from ..module import PeraLinear
 from .inject import require_adapters
 
-__all__ = ["Trained", "grouped", "parameter_groups"]
+__all__ = ["NEGLIGIBLE", "Trained", "grouped", "parameter_groups", "warn_of_idle_products"]
+
+# A quadratic share under which an adapter is a LoRA.
+NEGLIGIBLE = 0.01
 
 # AdamW moves an entry by about lr a step. Over 75 to 1000 steps the entries of B were seen to grow
 # to 4 to 9 lr; that of a longer run grows slowly, with about the fourth root of its steps.
@@ -129,6 +134,24 @@ def rates_of_h(lr: float, lr_h: float | None, eps: float | None, rms_A: float) -
     """``lr`` and ``eps`` of one layer's h: AdamW's on q, where h = q / (rms(A) β²)."""
     if lr_h is not None:
         return {"lr": lr_h}
-    size = rms_A * (B_IN_RATES * lr) ** 2
-    rates = {"lr": PART * lr / size if size else 0.0}
+    # At lr = 0 nothing moves, whatever size is.
+    size = rms_A * (B_IN_RATES * lr) ** 2 or 1.0
+    rates = {"lr": PART * lr / size}
     return rates if eps is None else {**rates, "eps": eps * size}
+
+
+def warn_of_idle_products(layers: Iterable[PeraLinear]) -> None:
+    """Warn where h trained and the products are next to nothing beside BA in every layer."""
+    trained = [
+        layer
+        for layer in layers
+        if layer.pera_h is not None and layer.pera_h.requires_grad and layer.pera_B.any()
+    ]
+    # The first layer whose products count ends it.
+    if trained and all(layer.quadratic_share() < NEGLIGIBLE for layer in trained):
+        warnings.warn(
+            f"the products are less than {100 * NEGLIGIBLE:g} % of BA in every layer: this adapter "
+            "is a LoRA. The coefficients h need a learning rate of their own, which "
+            "parameter_groups(model, lr) gives to an optimizer",
+            stacklevel=3,
+        )

@@ -11,6 +11,7 @@ from ..adapters import spectrum
 from ..adapters.checkpoint import AdapterFile
 from ..adapters.export import AdapterView, expanded, vllm_max_lora_rank
 from ..adapters.merge import Progress
+from ..adapters.optimizer import NEGLIGIBLE
 from ..terms import pairs
 from .tables import median, shown, table
 
@@ -19,8 +20,6 @@ __all__ = ["adapter", "show"]
 # How many pairs of a module are named, and how much of their energy is to be carried.
 TOP_PAIRS = 3
 CARRIED = 0.9
-# A quadratic share below which the products do nothing.
-NEGLIGIBLE = 0.01
 
 
 def adapter(read: AdapterFile, progress: Progress = iter) -> dict[str, Any]:
@@ -208,7 +207,7 @@ def _advice(found: dict[str, Any]) -> str:
     if all(own["terms"] == "linear" for own in modules) or not share < NEGLIGIBLE:
         return ""
     return (
-        f"The products do nothing: they are {share:.2%} of BA. Train h at a higher learning rate "
-        f"(pk.parameter_groups(model, lr, lr_h=...)), or take the LoRA: export-lora --rank {r} "
+        f"The products do nothing: they are {share:.2%} of BA. Train h at a rate of its own "
+        f"(pk.parameter_groups(model, lr)), or take the LoRA: export-lora --rank {r} "
         f"loses at most {found['largest_error_at_r']:.2%} of ΔW."
     )

@@ -14,6 +14,7 @@ import pandas as pd
 from tools import documents
 from tools.ablation import plots, rows
 from tools.ablation.runs import CHOICE_SEED, FULL
+from tools.finetune.report import crossing
 
 __all__ = ["PAGE", "difference", "results", "worth", "write"]
 
@@ -68,10 +69,8 @@ def worth(runs: pd.DataFrame, method: str, r: int, loss: str) -> float:
     own = runs[runs["r"] == r]
     lora = own[own["method"].str.startswith("lora")].groupby("rank")[loss].mean().sort_index()
     reached = own[own["method"] == method][loss].mean()
-    for (low, before), (high, after) in zip(lora.items(), list(lora.items())[1:], strict=False):
-        if after <= reached <= before:
-            return float(low + (high - low) * (before - reached) / (before - after) - r)
-    return math.nan
+    found = crossing(list(lora.items()), reached)
+    return math.nan if found is None else found - r
 
 
 def table(folder: Path, task: str) -> str:

@@ -17,14 +17,11 @@ from tools.finetune.job import Job
 from tools.finetune.report import print_report
 from tools.finetune.train import TERMS, Settings, Terms
 
-# A product of two entries of A is near 1 / (3 in_features), so h must move further than A and B;
-# 30 to 300 times did about equally well at the default size, 1000 times and more did worse.
-LR_H_MULTIPLE = 100
 EXAMPLES = """
 examples:
   python -m tools.finetune
   python -m tools.finetune --terms linear,full --rank 8
-  python -m tools.finetune --lr 5e-3 --lr-h 50 --seed 1 --out seed1
+  python -m tools.finetune --lr 5e-3 --seed 1 --out seed1
   python -m tools.finetune --steps 20 --pretrain-steps 20 --out quick
   python -m tools.finetune.report finetune_out/results.json --markdown
 """
@@ -97,16 +94,16 @@ def build_parser() -> OneLineParser:
         parser.add_argument(name, type=parse, default=default, help=text + shown)
 
     count = whole_number(1)
-    add("--rank", count, 4, "rank of the adapters")
-    terms = f"which adapters to train, of {','.join(TERMS)}; linear is LoRA, at this rank and with "
-    terms += "as many parameters as PERA; full is trained with h at --lr too"
+    add("--rank", count, 16, "rank of the adapters")
+    terms = f"which adapters to train, of {','.join(TERMS)}; linear is LoRA: at this rank, with "
+    terms += "as many parameters as PERA, and with half as many ranks again"
     add("--terms", term_names, "linear,square,full", terms)
     add("--steps", count, 300, "steps of adaptation")
     add("--pretrain-steps", count, 700, "steps of training the base model")
     add("--batch", count, 8, "windows of 128 bytes a step")
     add("--lr", learning_rate, 1.5e-2, "learning rate of A and B")
-    own_rate = "learning rate of the coefficients h, not a multiple"
-    add("--lr-h", learning_rate, None, f"{own_rate} (default: {LR_H_MULTIPLE} times --lr)")
+    own_rate = "one learning rate for every h, not a multiple"
+    add("--lr-h", learning_rate, None, f"{own_rate} (default: by the rule of parameter_groups)")
     add("--device", device_name, "auto", "auto (cuda where there is one), cpu, cuda or cuda:N")
     threads = "CPU threads; more can be a little faster, and much slower on a busy computer"
     add("--threads", count, 1, threads)
@@ -132,7 +129,7 @@ def main(arguments: list[str] | None = None) -> int:
         pretrain_steps=options.pretrain_steps,
         batch=options.batch,
         lr=options.lr,
-        lr_h=options.lr_h or LR_H_MULTIPLE * options.lr,
+        lr_h=options.lr_h,
         seed=options.seed,
     )
     try:

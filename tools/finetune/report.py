@@ -4,7 +4,8 @@ import argparse
 import json
 import math
 import sys
-from itertools import cycle
+from collections.abc import Sequence
+from itertools import cycle, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +18,14 @@ COLUMNS = [
     "trainable parameters",
     "training bits/byte",
     "held-out bits/byte",
+    "LoRA rank of this loss",
     "quadratic share",
     "step ms",
     "peak MiB",
     "merged Δ",
 ]
 Results = dict[str, Any]
+Metrics = dict[str, Any]
 
 
 def write_results(results: Results, path: Path) -> None:
@@ -46,6 +49,7 @@ def finite(value: Any) -> Any:
 def table_rows(results: Results) -> list[list[str]]:
     """One row of texts per method, in the order of `COLUMNS`."""
     rows = []
+    lora = [run["metrics"] for run in results["methods"] if run["metrics"]["terms"] == "linear"]
     for run in results["methods"]:
         metrics = run["metrics"]
         label = run["label"] if run["status"] == "finished" else f"{run['label']} ({run['status']})"
@@ -58,6 +62,7 @@ def table_rows(results: Results) -> list[list[str]]:
                 f"{metrics['trainable_parameters']:,}",
                 number(metrics.get("training_bits_per_byte"), ".4f"),
                 number(metrics.get("held_out_bits_per_byte"), ".4f"),
+                "" if linear else number(equal_rank(lora, metrics), ".1f"),
                 "none" if linear else number(metrics.get("quadratic_share"), ".1%"),
                 number(metrics.get("step_ms"), ".1f"),
                 number(memory and memory / 2**20, ".0f"),
@@ -65,6 +70,24 @@ def table_rows(results: Results) -> list[list[str]]:
             ]
         )
     return rows
+
+
+def equal_rank(lora: Sequence[Metrics], metrics: Metrics) -> float | None:
+    """The rank at which LoRA has the same held-out loss, by straight lines between the ranks that
+    were trained; None outside of them.
+    """
+    loss = "held_out_bits_per_byte"
+    points = sorted((own["rank"], own[loss]) for own in lora if loss in own)
+    return None if loss not in metrics else crossing(points, metrics[loss])
+
+
+def crossing(points: Sequence[tuple[float, float]], level: float) -> float | None:
+    """Where lines through the points (place, value) first fall to the level; None if nowhere."""
+    for (left, above), (right, below) in pairwise(points):
+        if below <= level <= above:
+            fallen = (above - level) / (above - below) if above > below else 0.0
+            return left + fallen * (right - left)
+    return None
 
 
 def number(value: float | None, form: str) -> str:
@@ -83,13 +106,15 @@ def notes(results: Results) -> list[str]:
     ]
     change = number(max(changes, default=None), ".1e")
     on_cuda = where["device"] == "cuda"
+    rule = "by the default rule" if settings["lr_h"] is None else f"{settings['lr_h']:g}"
     memory = "CUDA memory allocated" if on_cuda else "resident memory of the whole process so far"
     return [
         f"Base model before adaptation: {before} bits per byte held out, "
         f"{base['metrics']['parameters']:,} frozen parameters.",
         f"{settings['steps']} steps of {settings['batch']} windows, lr {settings['lr']:g}, lr of h "
-        f"{settings['lr_h']:g} ({settings['lr_h'] / settings['lr']:g} × lr) unless the row says "
-        f"otherwise, seed {settings['seed']}: one seed, so read small differences as noise.",
+        f"{rule}, seed {settings['seed']}: one seed, so read small differences as noise.",
+        "LoRA rank of this loss: where straight lines between the LoRAs' held-out losses reach it; "
+        "a dash: none of them does.",
         "Quadratic share: mean of ‖ΔW_quad‖/‖BA‖ over the adapted layers. Step: median. "
         f"Peak: {memory}. Merged Δ: the largest difference that merge() makes to a logit, relative "
         f"to the largest logit; to the held-out bits per byte, at most {change}.",

@@ -34,19 +34,19 @@ class Settings:
     pretrain_steps: int
     batch: int
     lr: float
-    lr_h: float
+    lr_h: float | None
+    """One rate for every h; None for the default rule of `pk.parameter_groups`."""
     seed: int
 
 
 @dataclass(frozen=True)
 class Method:
-    """One row of the comparison; `lr_h` is None where there are no coefficients."""
+    """One row of the comparison."""
 
     key: str
     label: str
     terms: Terms
     rank: int
-    lr_h: float | None
 
 
 @dataclass
@@ -68,15 +68,15 @@ class Run:
 
 def methods_to_compare(settings: Settings, model: nn.Module) -> list[Method]:
     """The methods that `settings.terms` asks for, all to start from the same `model`."""
-    rank, lr_h = settings.rank, settings.lr_h
+    rank = settings.rank
     matched = matching_linear_rank(model, rank)
     methods = [
-        Method("lora", "LoRA", "linear", rank, None),
-        Method("lora_matched", "LoRA, no fewer parameters", "linear", matched, None),
-        Method("pera_square", "PERA square-only", "square", rank, lr_h),
-        Method("pera_cross", "PERA cross-only", "cross", rank, lr_h),
-        Method("pera_full", "PERA full", "full", rank, lr_h),
-        Method("pera_full_common_lr", "PERA full, h at the same lr", "full", rank, settings.lr),
+        Method("lora", "LoRA", "linear", rank),
+        Method("lora_matched", "LoRA, no fewer parameters", "linear", matched),
+        Method("lora_half_more", "LoRA, half as many ranks again", "linear", -(-3 * rank // 2)),
+        Method("pera_square", "PERA square-only", "square", rank),
+        Method("pera_cross", "PERA cross-only", "cross", rank),
+        Method("pera_full", "PERA full", "full", rank),
     ]
     return [method for method in methods if method.terms in settings.terms]
 
@@ -187,7 +187,6 @@ class Adaptation:
         self.run.metrics.update(
             terms=method.terms,
             rank=method.rank,
-            lr_h=method.lr_h,
             trainable_parameters=sum(p.numel() for p in pk.adapter_parameters(self.model)),
         )
 
@@ -195,7 +194,7 @@ class Adaptation:
         """Trains on `training` (length,), then measures it; `held_out` is (W, context + 1)."""
         settings, device, metrics = self.settings, held_out.device, self.run.metrics
         optimizer = torch.optim.AdamW(
-            pk.parameter_groups(self.model, settings.lr, lr_h=self.method.lr_h, weight_decay=0.0)
+            pk.parameter_groups(self.model, settings.lr, lr_h=settings.lr_h)
         )
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(device)
