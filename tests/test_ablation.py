@@ -29,6 +29,7 @@ class Tiny(Task):
     rates_of_full = (0.001, 0.01)
     targets = ["0"]
     trained_beside = ("1",)
+    rate_beside = 0.05
     width = 8
     seen: list = []
 
@@ -122,6 +123,15 @@ def test_rates_are_chosen_before_results_and_what_has_a_row_is_not_run_again(
     assert counts["lora"] == 2 * 18 + 22 and counts["full"] == counts["lora"] + 3
     assert counts["full_fine_tuning"] == 80 + 22
     assert "LoRA of the expanded rank" in capsys.readouterr().out
+
+
+def test_rates_of_groups():
+    model = pk.inject(Tiny().model(), ["0"], r=2, modules_to_save=["1"])
+    plain, rated = pk.parameter_groups(model, 0.01), pk.parameter_groups(model, 0.01)
+    rated = Tiny().rated(rated, 3.0)
+    by_name = {g["name"]: (g["lr"], own["lr"]) for g, own in zip(rated, plain, strict=True)}
+    assert by_name["factors"] == (0.01, 0.01) and by_name["other"] == (0.05, 0.01)
+    assert by_name["coefficients"][0] == pytest.approx(3 * by_name["coefficients"][1])
 
 
 def test_a_run_repeats_itself():

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -44,8 +43,8 @@ SETTINGS = (
     Setting("rank 4", "topics", 0.015, r=4),
     Setting("75 steps", "topics", 0.015, steps=75),
     Setting("1000 steps", "topics", 0.015, steps=1000),
-    Setting("verses, width 384", "verses", 0.003),
-    Setting("verses, lr / 3", "verses", 0.001),
+    Setting("verses, width 384", "verses", 0.002),
+    Setting("verses, lr / 2", "verses", 0.001),
 )
 
 
@@ -76,30 +75,14 @@ class Normalised:
                 h.div_(self.size(layer))
 
 
-def fixed(multiple: float) -> Callable[[Any, float], torch.optim.Optimizer]:
-    def optimizer(model: Any, lr: float) -> torch.optim.Optimizer:
-        return torch.optim.AdamW(pk.parameter_groups(model, lr, lr_h=multiple * lr))
-
-    return optimizer
-
-
-def normalised(model: Any, lr: float) -> torch.optim.Optimizer:
-    optimizer = torch.optim.AdamW(pk.parameter_groups(model, lr, lr_h=0.1 * lr))
-    Normalised(optimizer, list(pk.adapted_modules(model).values()))
-    return optimizer
-
-
-def default(model: Any, lr: float) -> torch.optim.Optimizer:
-    return torch.optim.AdamW(pk.parameter_groups(model, lr))
-
-
-RULES: dict[str, Callable[[Any, float], torch.optim.Optimizer]] = {
-    "LoRA": default,
-    "30 × lr": fixed(30.0),
-    "1000 × lr": fixed(1000.0),
-    "30000 × lr": fixed(30000.0),
-    "default": default,
-    "normalised at every step": normalised,
+# A multiple of lr, or None for the default.
+RULES: dict[str, float | None] = {
+    "LoRA": None,
+    "30 × lr": 30.0,
+    "1000 × lr": 1000.0,
+    "30000 × lr": 30000.0,
+    "default": None,
+    "normalised at every step": 0.1,
 }
 
 
@@ -108,7 +91,12 @@ def run(task: Task, setting: Setting, rule: str) -> Row:
     torch.manual_seed(SEED)
     terms = "linear" if rule == "LoRA" else "full"
     model, layers = adapted(task, r=setting.r, terms=terms)
-    optimizer = RULES[rule](model, setting.lr)
+    multiple = RULES[rule]
+    lr_h = None if multiple is None else multiple * setting.lr
+    groups = pk.parameter_groups(model, setting.lr, lr_h=lr_h)
+    optimizer = torch.optim.AdamW(task.rated(groups))
+    if rule == "normalised at every step":
+        Normalised(optimizer, list(layers.values()))
     steps = setting.steps or task.steps
     label = f"{setting.name}, {rule}"
     row = {"setting": setting.name, "task": setting.task, "rule": rule, "lr": setting.lr}

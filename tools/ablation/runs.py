@@ -155,16 +155,17 @@ def train(task: Task, trial: Trial, steps: int) -> Row:
         model, layers = task.model().float(), dict[str, pk.PeraLinear]()
         weights = [model.get_parameter(f"{name}.weight").requires_grad_() for name in names]
         start = [weight.detach().clone() for weight in weights]
-        trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-        groups: list[dict[str, Any]] = [{"params": trained, "lr": trial.lr, "weight_decay": 0.0}]
+        beside = [p for name in task.trained_beside for p in model.get_submodule(name).parameters()]
+        groups: list[dict[str, Any]] = [
+            {"name": "factors", "params": weights, "lr": trial.lr},
+            {"name": "other", "params": beside, "lr": trial.lr},
+        ]
     else:
         model, layers = adapted(task, r=method.rank, terms=method.terms)
         groups = pk.parameter_groups(model, trial.lr)
-        for group in groups:
-            group["lr"] *= trial.multiple if group["name"] == "coefficients" else 1.0
     label = f"{method.label} {method.rank}, lr {trial.lr:g} × {trial.multiple:g}, {trial.seed}"
     part = "validation" if trial.seed == CHOICE_SEED else "test"
-    optimizer = torch.optim.AdamW(groups)
+    optimizer = torch.optim.AdamW(task.rated(groups, trial.multiple), weight_decay=0.0)
     row |= fit(task, model, list(layers.values()), optimizer, steps, trial.seed, label)
     row[part] = task.evaluate(model, part)
     if trial.seed == 0 and (method.key, method.r) in WITH_SPECTRUM:

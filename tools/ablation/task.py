@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -26,8 +27,19 @@ class Task(ABC):
     targets: list[str] | str
     trained_beside: tuple[str, ...] = ()
     """Modules that train beside the adapters, in every method."""
+    rate_beside: float = 0.0
+    """Their learning rate."""
     width: int
     """The narrowest side of an adapted layer: a LoRA of this rank would be no low-rank update."""
+
+    def rated(self, groups: list[dict[str, Any]], multiple: float = 1.0) -> list[dict[str, Any]]:
+        """``parameter_groups`` with h at a multiple of its rate, and what is beside at its own."""
+        for group in groups:
+            if group["name"] == "coefficients":
+                group["lr"] *= multiple
+            if group["name"] == "other":
+                group["lr"] = self.rate_beside
+        return [group for group in groups if group["params"]]
 
     @abstractmethod
     def model(self) -> nn.Module:
