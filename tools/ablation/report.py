@@ -16,9 +16,9 @@ from tools.ablation import plots, rows
 from tools.ablation.runs import CHOICE_SEED, FULL
 from tools.finetune.report import crossing
 
-__all__ = ["PAGE", "difference", "results", "worth", "write"]
+__all__ = ["difference", "pages", "results", "worth", "write"]
 
-PAGE = documents.ROOT / "docs" / "ablation.md"
+PAGE, README = documents.ROOT / "docs" / "ablation.md", documents.ROOT / "README.md"
 TASKS = ("topics", "verses")
 LABELS = {
     "lora": "LoRA",
@@ -78,8 +78,7 @@ def table(folder: Path, task: str) -> str:
     runs = results(folder, task)
     if not len(runs):
         return "Not run yet."
-    timed = [row for row in rows.read(folder / "times.jsonl") if row["task"] == task]
-    times = {(row["method"], row["r"]): row["step_ms"] for row in timed}
+    times = step_times(folder, task)
     head = ["method", "rank", "parameters", "lr, h", "seeds", "training", "test"]
     head += ["better than LoRA r, test", "training", "share", "step, ms"]
     lines = []
@@ -149,14 +148,53 @@ def rates(folder: Path) -> str:
     return documents.table(["rule", *settings], lines)
 
 
+def summary(folder: Path) -> str:
+    """README's table: each of PERA's terms against LoRA, and LoRA with half as many ranks more."""
+    lines = []
+    for task in TASKS:
+        runs = results(folder, task)
+        times = step_times(folder, task)
+        for r, key in itertools.product(
+            sorted(runs["r"].unique()) if len(runs) else [], (*PERA, "lora_half_more")
+        ):
+            own = runs[(runs["r"] == r) & (runs["method"] == key)]
+            base = runs[(runs["r"] == r) & (runs["method"] == "lora")]
+            if not len(own):
+                continue
+            gain, half = difference(runs, key, r, "test")
+            more = own["parameters"].iloc[0] / base["parameters"].iloc[0] - 1
+            time = times[key, r] / times["lora", r] if (key, r) in times else None
+            lines.append(
+                [
+                    f"{task}, r = {r}",
+                    LABELS[key],
+                    f"{gain:+.4f} ± {half:.4f}",
+                    f"{more:+.1%}",
+                    "" if time is None else f"{time:.2f} ×",
+                ]
+            )
+    head = ["task", "method", "loss below LoRA's, test", "parameters", "step, CPU"]
+    return documents.table(head, lines, 2) if lines else "Not run yet."
+
+
+def step_times(folder: Path, task: str) -> dict[tuple[str, int], float]:
+    """Milliseconds of a step by method and rank; the last measurement counts."""
+    found = rows.read(folder / "times.jsonl")
+    return {(row["method"], row["r"]): row["step_ms"] for row in found if row["task"] == task}
+
+
 def parts(folder: Path) -> dict[str, Callable[[], str]]:
     tables = {task: partial(table, folder, task) for task in TASKS}
     return {**tables, "worth": partial(worths, folder), "rates": partial(rates, folder)}
 
 
-def page(folder: Path) -> str:
-    """docs/ablation.md with its tables made again."""
-    return documents.render(PAGE.read_text(), parts(folder), PAGE.name)
+def pages(folder: Path) -> dict[Path, str]:
+    """docs/ablation.md and README.md with their tables made again."""
+    readme = {"ablation": partial(summary, folder)}
+    return {
+        PAGE: documents.render(PAGE.read_text(), parts(folder), PAGE.name),
+        README: documents.render(README.read_text(), readme, README.name),
+    }
 
 
 def write(folder: Path) -> None:
@@ -164,6 +202,6 @@ def write(folder: Path) -> None:
     for task in TASKS:
         plots.draw(results(folder, task), folder, task)
     if folder.resolve() == rows.RESULTS:
-        documents.write({PAGE: page(folder)}, "tools.ablation --report", check=False)
+        documents.write(pages(folder), "tools.ablation --report", check=False)
     else:
         print("\n\n".join(make() for make in parts(folder).values()))
