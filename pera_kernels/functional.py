@@ -96,7 +96,8 @@ def apply_together(
     """:func:`apply`, without dropout, for dense layers of one rank on one x: kernels read it once.
 
     What is returned for each layer gives its output when it is called, with an autograd node of its
-    own: gradients flow as they do for layers apart. None where a layer alone would compose.
+    own: gradients flow as they do for layers apart. None where a layer alone would compose, or is
+    transformed by ``torch.func``.
     """
     checks.check_options(options)
     for base, adapter in zip(bases, adapters, strict=True):
@@ -104,10 +105,10 @@ def apply_together(
         checks.check_input(x, base, adapter)
     x, _ = _as_autocast_says(x, bases[0])
     pairs = list(zip(bases, adapters, strict=True))
-    chosen = {_chosen(options, x, base, adapter) for base, adapter in pairs}
-    if any(own.plan == "composed" for own in chosen):
+    options, *others = {_chosen(options, x, base, adapter) for base, adapter in pairs}
+    # Transformed tensors go through the reference, which has nothing to share.
+    if others or options.plan == "composed" or options.backend == "reference":
         return None
-    (options,) = chosen
     with torch.no_grad(), without_autocast(x.device.type):
         rows = [rows_of(base, x.dtype) for base in bases]
         backend = implementation(options.backend)

@@ -90,6 +90,38 @@ def test_transforms_go_through_plain_operators(of):
     )
 
 
+@pytest.mark.parametrize("of", ["x", "one parameter", "all parameters"])
+def test_transforms_of_layers_that_share_their_input(of):
+    """Second derivatives of a whole attention block: its projections are members of one group."""
+    names = ["q_proj", "k_proj", "v_proj"]
+    model = filled(pk.inject(Attention(), names, r=3)).double()
+    x = torch.randn(4, 8, dtype=torch.float64)
+    kept = {
+        "one parameter": ["k_proj.pera_h"],
+        "all parameters": [n for n, p in model.named_parameters() if p.requires_grad],
+    }
+    state = {n: p.detach() for n, p in model.named_parameters()}
+    chosen = {n: state[n] for n in kept.get(of, [])}
+    v = torch.cat([x.flatten()] if of == "x" else [p.flatten() for p in chosen.values()])
+
+    def f(v):
+        if of == "x":
+            return torch.cat(model(v.view_as(x))).square().sum()
+        parts = v.split([p.numel() for p in chosen.values()])
+        given = {n: p.view_as(state[n]) for n, p in zip(chosen, parts, strict=True)}
+        return torch.cat(torch.func.functional_call(model, given, (x,))).square().sum()
+
+    expected = torch.func.grad(f)(v)
+    along = torch.randn_like(v)
+    step = 1e-6 * along
+    numeric = (f(v + step) - f(v - step)) / 2e-6
+    torch.testing.assert_close(expected @ along, numeric, rtol=1e-5, atol=1e-6)
+    second = torch.func.jvp(torch.func.grad(f), (v,), (along,))[1]
+    numeric = (torch.func.grad(f)(v + step) - torch.func.grad(f)(v - step)) / 2e-6
+    torch.testing.assert_close(second, numeric, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(torch.func.hessian(f)(v) @ along, second)
+
+
 def test_the_kernels_refuse_transforms(triton_backend):
     for f, v in functions(layer(), triton_backend).values():
         with pytest.raises(ValueError, match="no rules for torch.func"):
