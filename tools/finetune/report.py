@@ -15,11 +15,11 @@ from rich.table import Table
 COLUMNS = [
     "method",
     "rank",
-    "trainable parameters",
-    "training bits/byte",
-    "held-out bits/byte",
-    "LoRA rank of this loss",
-    "quadratic share",
+    "parameters",
+    "training",
+    "held out",
+    "equals LoRA",
+    "share",
     "step ms",
     "peak MiB",
     "merged Δ",
@@ -109,13 +109,13 @@ def notes(results: Results) -> list[str]:
     rule = "by the default rule" if settings["lr_h"] is None else f"{settings['lr_h']:g}"
     memory = "CUDA memory allocated" if on_cuda else "resident memory of the whole process so far"
     return [
-        f"Base model before adaptation: {before} bits per byte held out, "
+        f"Losses in bits per byte. Base model before adaptation: {before} held out, "
         f"{base['metrics']['parameters']:,} frozen parameters.",
         f"{settings['steps']} steps of {settings['batch']} windows, lr {settings['lr']:g}, lr of h "
         f"{rule}, seed {settings['seed']}: one seed, so read small differences as noise.",
-        "LoRA rank of this loss: where straight lines between the LoRAs' held-out losses reach it; "
-        "a dash: none of them does.",
-        "Quadratic share: mean of ‖ΔW_quad‖/‖BA‖ over the adapted layers. Step: median. "
+        "Equals LoRA: the rank at which straight lines between the LoRAs' held-out losses reach "
+        "this one; a dash where none does.",
+        "Share: mean of ‖ΔW_quad‖/‖BA‖ over the adapted layers. Step: median. "
         f"Peak: {memory}. Merged Δ: the largest difference that merge() makes to a logit, relative "
         f"to the largest logit; to the held-out bits per byte, at most {change}.",
         f"{where['device_name']}, CPU threads: {where['cpu_threads']}, Python {where['python']}, "

@@ -78,7 +78,14 @@ def methods_to_compare(settings: Settings, model: nn.Module) -> list[Method]:
         Method("pera_cross", "PERA cross-only", "cross", rank),
         Method("pera_full", "PERA full", "full", rank),
     ]
-    return [method for method in methods if method.terms in settings.terms]
+    ranks = [method.rank for method in methods[:2]]
+    return [
+        method
+        for method in methods
+        # At the smallest ranks half as many again is what PERA's parameters buy.
+        if method.terms in settings.terms
+        and not (method.key == "lora_half_more" and method.rank in ranks)
+    ]
 
 
 def matching_linear_rank(model: nn.Module, rank: int) -> int:
