@@ -102,7 +102,12 @@ def run(task: Task, setting: Setting, rule: str) -> Row:
     row = {"setting": setting.name, "task": setting.task, "rule": rule, "lr": setting.lr}
     row |= {"r": setting.r, "width": task.width}
     row |= fit(task, model, list(layers.values()), optimizer, steps, SEED, label)
+    row["B_in_lr"] = sum(rms(layer.pera_B) for layer in layers.values()) / len(layers) / setting.lr
     return {**row, "validation": task.evaluate(model, "validation")}
+
+
+def rms(tensor: torch.Tensor) -> float:
+    return float(tensor.detach().square().mean().sqrt())
 
 
 def main(arguments: list[str] | None = None) -> int:

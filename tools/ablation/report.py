@@ -145,7 +145,9 @@ def rates(folder: Path) -> str:
             loss = f"{run['validation']:.4f}" if run["validation"] is not None else "diverged"
             cells.append((f"**{loss}**" if run["validation"] == lowest else loss) + share)
         lines.append(cells)
-    return documents.table(["rule", *settings], lines)
+    grown = frame[frame["rule"] == "default"].set_index("setting")["B_in_lr"]
+    cells = [f"{grown[setting]:.1f}" if setting in grown else "" for setting in settings]
+    return documents.table(["rule", *settings], [*lines, ["rms(B) / lr, default", *cells]])
 
 
 def summary(folder: Path) -> str:
