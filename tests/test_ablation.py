@@ -190,6 +190,25 @@ def test_worth_in_ranks():
     assert math.isnan(report.worth(found, "cross", 4, "test"))
 
 
+def test_the_last_choice_counts(tmp_path):
+    row = {"method": "lora", "r": 4, "rank": 4, "multiple": 1.0, "test": 1.0}
+    for seed, lr in (
+        (runs.CHOICE_SEED, 0.1),
+        (0, 0.1),
+        (runs.CHOICE_SEED, 0.2),
+        (0, 0.2),
+        (1, 0.2),
+    ):
+        rows.append(tmp_path / "topics.jsonl", {**row, "seed": seed, "lr": lr})
+    rows.append(tmp_path / "topics.jsonl", {**row, "r": 2, "seed": 0, "lr": 0.1})
+    found = report.results(tmp_path, "topics")
+    assert list(zip(found["r"], found["seed"], found["lr"], strict=True)) == [
+        (4, 0, 0.2),
+        (4, 1, 0.2),
+        (2, 0, 0.1),
+    ]
+
+
 def test_timing_has_a_row_for_each_method(tmp_path):
     timing.measure(Tiny(), [2], tmp_path / "times.jsonl", turns=2)
     found = rows.read(tmp_path / "times.jsonl")

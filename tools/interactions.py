@@ -12,6 +12,7 @@ import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -19,11 +20,12 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import pera_kernels as pk
+from tools import documents
 from tools.finetune import data
 from tools.finetune.__main__ import OneLineParser, whole_number
 from tools.finetune.model import ByteTransformer
 
-__all__ = ["log_probability", "strength"]
+__all__ = ["log_probability", "strength", "table"]
 
 ADAPTERS = {"base": None, "LoRA": "adapter_lora", "PERA full": "adapter_pera_full"}
 # Long enough for attention to matter, short enough for second derivatives on a CPU.
@@ -80,6 +82,16 @@ def off_diagonal(matrix: Tensor) -> float:
     """The mean of what stands beside the diagonal."""
     width = len(matrix)
     return float((matrix.sum() - matrix.trace()) / (width * (width - 1)))
+
+
+def table(told: dict[str, Any]) -> str:
+    """The means of ``interactions.json`` as a part of a page."""
+    lines = [
+        [name, f"{own['off_diagonal']:.3e}", f"{own['diagonal']:.3e}"]
+        for name, own in told["means"].items()
+    ]
+    head = ["model", "mean beside the diagonal", "mean on it"]
+    return f"{documents.table(head, lines)}\n\nOver {told['samples']} windows of the held-out text."
 
 
 def draw(found: dict[str, Tensor], path: Path) -> None:

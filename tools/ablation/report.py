@@ -36,9 +36,16 @@ STUDENT = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
 
 
 def results(folder: Path, task: str) -> pd.DataFrame:
-    """The runs that count, a line each: those whose rates were chosen before, on another seed."""
+    """The runs that count, a line each: those at the rates that were chosen, on another seed.
+
+    Where more rates were tried later, the last choice counts.
+    """
     frame = pd.DataFrame(rows.read(folder / f"{task}.jsonl"))
-    return frame[frame["seed"] != CHOICE_SEED] if len(frame) else frame
+    if not len(frame):
+        return frame
+    frame = frame[frame["seed"] != CHOICE_SEED]
+    last = frame.groupby(["method", "r"])[["lr", "multiple"]].transform("last")
+    return frame[(frame["lr"] == last["lr"]) & (frame["multiple"] == last["multiple"])]
 
 
 def mean(values: pd.Series, digits: int = 4) -> str:

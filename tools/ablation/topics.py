@@ -31,8 +31,8 @@ class Topics(Task):
     name = "topics"
     unit = "bits per byte"
     steps = 300
-    rates = (0.01, 0.015, 0.022)
-    rates_of_full = (0.001, 0.002, 0.004)
+    rates = (0.01, 0.015, 0.022, 0.033)
+    rates_of_full = (0.002, 0.004, 0.008)
     targets = TARGET_MODULES
 
     def __init__(
