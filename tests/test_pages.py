@@ -31,9 +31,12 @@ def test_the_table_of_the_fine_tune(finetune):
 
 def test_what_is_said_of_the_fine_tune(finetune):
     """docs/finetune.md says this in words."""
+    pytest.importorskip("rich")
+    from tools.finetune.report import equal_rank
+
     runs = {run["key"]: run["metrics"] for run in finetune["methods"]}
     loss = {key: metrics["held_out_bits_per_byte"] for key, metrics in runs.items()}
-    assert loss["pera_full"] < loss["pera_square"] < loss["lora"]
+    assert loss["pera_full"] < loss["lora"] < loss["pera_square"]
     assert loss["lora_half_more"] < loss["pera_full"] < loss["lora_matched"]
     count = {key: metrics["trainable_parameters"] for key, metrics in runs.items()}
     assert count["lora_matched"] >= count["pera_full"] < 1.025 * count["lora"]
@@ -41,6 +44,7 @@ def test_what_is_said_of_the_fine_tune(finetune):
     assert runs["lora_matched"]["rank"] == runs["lora"]["rank"] + 1 == 17
     assert runs["lora"]["step_ms"] < runs["pera_full"]["step_ms"]
     assert finetune["settings"]["lr_h"] is None
+    assert 19.5 < equal_rank([runs[k] for k in runs if k.startswith("lora")], runs["pera_full"]) < 20.5
 
 
 def test_the_interactions_of_the_fine_tune():
@@ -50,6 +54,8 @@ def test_the_interactions_of_the_fine_tune():
 
     told = json.loads((ROOT / "benchmarks/results/finetune/interactions.json").read_text())
     assert part((DOCS / "finetune.md").read_text(), "interactions") == table(told)
+    beside = {name: own["off_diagonal"] for name, own in told["means"].items()}
+    assert beside["base"] < beside["LoRA"] == pytest.approx(beside["PERA full"], rel=0.02)
 
 
 def test_the_tables_of_the_ablation():
