@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
-__all__ = ["ROOT", "render", "table", "write"]
+__all__ = ["ROOT", "drawing", "render", "table", "write"]
 
 ROOT = Path(__file__).resolve().parents[1]
+# Reads on light and on dark.
+GREY = "#7d8590"
 
 
 def table(head: Sequence[str], lines: Iterable[Sequence[object]], text_columns: int = 1) -> str:
@@ -41,3 +45,25 @@ def write(documents: Mapping[Path, str], command: str, *, check: bool) -> int:
         else:
             path.write_text(text)
     return int(check and bool(changed))
+
+
+@contextmanager
+def drawing(path: Path, description: str = "", **layout: Any) -> Iterator[Any]:
+    """Axes, as ``pyplot.subplots`` makes them, that are saved as an SVG: the same drawing gives the
+    same file, with letters as text and what it shows as its description.
+    """
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    style: dict[Any, Any] = {"svg.hashsalt": "pera", "svg.fonttype": "none"}
+    of_text = ("text.color", "axes.labelcolor", "axes.edgecolor", "axes.titlecolor")
+    style |= dict.fromkeys((*of_text, "xtick.color", "ytick.color"), GREY)
+    with matplotlib.rc_context(style):
+        figure, axes = pyplot.subplots(layout="constrained", squeeze=False, **layout)
+        yield axes
+        metadata = {"Date": None, "Description": description}
+        figure.savefig(path, metadata=metadata, transparent=True)
+        pyplot.close(figure)
+    path.write_text("".join(f"{line.rstrip()}\n" for line in path.read_text().splitlines()))
