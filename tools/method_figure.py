@@ -100,7 +100,9 @@ def _triangle(axes: Any) -> None:
 def _cell(axes: Any, x: float, y: float, text: str, face: str, ink: str = INK) -> None:
     from matplotlib.patches import Rectangle
 
-    axes.add_patch(Rectangle((x + 0.03, y - 0.47), 0.94, 0.94, fc=face, ec=GREY, lw=0.5, clip_on=False))
+    axes.add_patch(
+        Rectangle((x + 0.03, y - 0.47), 0.94, 0.94, fc=face, ec=GREY, lw=0.5, clip_on=False)
+    )
     axes.text(x + 0.5, y, text, ha="center", va="center", size=8, color=ink)
 
 
