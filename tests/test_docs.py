@@ -30,10 +30,19 @@ def test_its_code_runs(page, tmp_path, monkeypatch):
     assert list(tmp_path.iterdir())
 
 
+def headings(page):
+    """The anchors that GitHub makes."""
+    found = re.findall(r"^#+ (.+)$", page.read_text(), re.MULTILINE)
+    return [re.sub(r"[^\w -]", "", text).lower().replace(" ", "-") for text in found]
+
+
 @pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
 def test_links(page):
     for target in re.findall(r"\]\(((?!http)[^)]+)\)", page.read_text()):
-        assert (page.parent / target).exists(), target
+        path, _, anchor = target.partition("#")
+        there = page.parent / path if path else page
+        assert there.exists(), target
+        assert not anchor or anchor in headings(there), target
 
 
 def features():

@@ -159,7 +159,7 @@ def optimizer_step(life, world):
     way = life.rng.choice([{}, {"foreach": True}, {"fused": True}])
     life.note(f"{kind.__name__} {way}")
     if life.rng.random() < 0.5 and any(world.truths[name].trains for name in world.adapted):
-        trained = pk.parameter_groups(world.model, 1e-2)
+        trained = pk.parameter_groups(world.model, 1e-2, lr_h=1e-2)
     own = [p for p in world.model.parameters() if p.grad is not None]
     copies = [p.detach().clone() for p in own]
     for values, p in zip(copies, own, strict=True):

@@ -44,7 +44,8 @@ def test_what_is_said_of_the_fine_tune(finetune):
     assert runs["lora_matched"]["rank"] == runs["lora"]["rank"] + 1 == 17
     assert runs["lora"]["step_ms"] < runs["pera_full"]["step_ms"]
     assert finetune["settings"]["lr_h"] is None
-    assert 19.5 < equal_rank([runs[k] for k in runs if k.startswith("lora")], runs["pera_full"]) < 20.5
+    lora = [run for key, run in runs.items() if key.startswith("lora")]
+    assert 19.5 < equal_rank(lora, runs["pera_full"]) < 20.5
 
 
 def test_the_interactions_of_the_fine_tune():

@@ -123,7 +123,8 @@ def main(arguments: list[str] | None = None) -> int:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("folder", type=Path, metavar="FOLDER", help="what tools.finetune wrote")
-    parser.add_argument("--samples", type=whole_number(1), default=16, help="windows, some seconds each (default: 16)")
+    samples = "windows, some seconds each (default: 16)"
+    parser.add_argument("--samples", type=whole_number(1), default=16, help=samples)
     options = parser.parse_args(arguments)
     try:
         found = measured(options.folder, options.samples)
