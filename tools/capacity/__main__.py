@@ -1,0 +1,93 @@
+"""Measure how much closer to a matrix PERA comes than LoRA of its rank, or write what was found.
+
+python -m tools.capacity            what benchmarks/results/capacity/rows.jsonl lacks: all of it
+                                    takes about 40 minutes of one core, and can be interrupted
+python -m tools.capacity --quick    a few tiny fits, to see that it works
+python -m tools.capacity --report   docs/capacity.md and its plots, from the rows
+python -m tools.capacity --check    exit status 1 if the page would change
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from pera_kernels.cli.tables import progress
+from pera_kernels.terms import Terms
+
+from ..documents import write
+from . import report
+from .fit import Problem, fit
+
+TERMS: tuple[Terms, ...] = ("full", "square", "cross")
+
+
+def problems() -> Iterator[Problem]:
+    """The grid, parts of it with twice the steps, and matrices that a formula is tried on."""
+    grid = product((64, 128, 256, 512), (4, 8, 16, 32), report.SPECTRA, TERMS)
+    for n, r, spectrum, terms in grid:
+        if 8 * r > n:
+            continue
+        starts = (0.1, 0.5, math.inf) if n <= 128 else (0.1, 0.5) if n <= 256 else (0.1,)
+        main = Problem(n, n, r, spectrum, terms, 3 if n <= 256 else 2 if r <= 16 else 1, starts)
+        yield main
+        if r in (8, 16) and (n <= 256 and terms != "cross" or terms == "full"):
+            yield replace(main, seeds=2 if n <= 256 else 1, steps=2 * main.steps)
+    other = [(256, 256, "exponential"), (256, 256, "spiked"), (384, 384, "0.45")]
+    other += [(128, 512, "0.25"), (512, 128, "0.5"), (64, 256, "0.5"), (256, 512, "0.25")]
+    for (m, n, spectrum), r, terms in product(other, (8, 16), TERMS[:2]):
+        if 8 * r <= min(m, n):
+            yield Problem(m, n, r, spectrum, terms, 2)
+    for spectrum in ("gaussian", "0.25", "0.5"):
+        yield Problem(1024, 1024, 16, spectrum, "full", 1, (0.1,))
+
+
+QUICK = [Problem(24, 24, 3, "0.5", terms, 2, (0.1,), 50) for terms in TERMS]
+
+
+def key(row: dict[str, Any]) -> tuple[Any, ...]:
+    return tuple(row[name] for name in (*report.CELL, "steps"))
+
+
+def measure(wanted: Sequence[Problem], path: Path) -> None:
+    """Append the rows of every problem that the file has none of."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.touch()
+    done = {key(json.loads(line)) for line in path.read_text().splitlines()}
+    missing = [problem for problem in wanted if key(vars(problem)) not in done]
+    for problem in progress(missing, "fits"):
+        lines = [json.dumps({**row, "torch": torch.__version__}) + "\n" for row in fit(problem)]
+        with path.open("a") as rows:
+            rows.write("".join(lines))
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m tools.capacity",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--quick", action="store_true", help="a few tiny fits")
+    parser.add_argument("--out", type=Path, default=report.ROWS, help="where rows are appended")
+    parser.add_argument("--report", action="store_true", help="write the page and the plots")
+    parser.add_argument("--check", action="store_true", help="say if the page is out of date")
+    given = parser.parse_args(arguments)
+    if given.report or given.check:
+        if not given.check:
+            report.draw()
+        return write(report.documents(), "tools.capacity --report", check=given.check)
+    measure(QUICK if given.quick else list(problems()), given.out)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
