@@ -15,6 +15,7 @@ import pera_kernels as pk
 from pera_kernels.__main__ import main
 from pera_kernels.cli import updates
 from pera_kernels.cli.checkpoints import Stored
+from pera_kernels.cli.worth import worth
 from tests.adapted import plain_model, trained
 
 safetensors = pytest.importorskip("safetensors.torch")
@@ -259,6 +260,21 @@ class TestUpdate:
             )
         slopes = [own["log_slope"] for own in found["weights"].values()]
         assert found["median"]["log_slope"] == pytest.approx(sum(slopes) / 2)
+
+    def test_what_products_are_worth(self, tmp_path, capsys):
+        torch.manual_seed(0)
+        delta = torch.randn(160, 128)
+        base = write(tmp_path / "base.safetensors", {"w": torch.zeros(160, 128)})
+        tuned = write(tmp_path / "tuned.safetensors", {"w": delta})
+        own = inspected(capsys, "--update", base, tuned)["weights"]["w"]
+        sigma = torch.linalg.svdvals(delta.double())
+        for r in (8, 16):
+            assert own[f"worth_at_{r}"] == pytest.approx(
+                worth(sigma, r, "full", (160, 128)), rel=1e-3
+            )
+        assert 1 < own["worth_at_8"] < own["worth_at_16"] and own["worth_at_32"] is None
+        out = printed(capsys, "--update", base, tuned)
+        assert "r=16" in out and "r=32" not in out and "docs/capacity.md" in out
 
     def test_for_people(self, pair, tmp_path, capsys):
         changed(pair[1], extra=torch.ones(2))

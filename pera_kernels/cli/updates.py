@@ -14,10 +14,13 @@ from ..adapters.merge import Progress
 from ..checks import FLOATING, some
 from .checkpoints import Stored, stored
 from .tables import median, table
+from .worth import worth
 
 __all__ = ["show", "update"]
 
 TOP = (4, 8, 16, 32)
+# Ranks at which it is told what products are worth; beyond min(M, N) / 8 nothing was measured.
+RANKS = (8, 16, 32)
 # From this share of ‖ΔW‖ on, what rounding to the stored dtype makes is worth a word.
 NOISE = 0.1
 
@@ -116,6 +119,12 @@ def _measured(W0: torch.Tensor, W: torch.Tensor, sigma: torch.Tensor) -> dict[st
         **{f"energy_top_{k}": spectrum.top_energy(sigma, k) for k in TOP},
         "log_slope": spectrum.log_slope(sigma),
         "effective_rank": spectrum.effective_rank(sigma),
+        **{
+            f"worth_at_{r}": worth(sigma, r, "full", (W.shape[0], W.shape[1]))
+            if 8 * r <= len(sigma)
+            else None
+            for r in RANKS
+        },
         "rounding": _rounding(W) / norm,
     }
 
@@ -139,6 +148,7 @@ HEADS = {
     **{f"energy_top_{k}": f"top {k}" for k in TOP},
     "log_slope": "slope",
     "effective_rank": "effective\nrank",
+    **{f"worth_at_{r}": f"worth\nr={r}" for r in RANKS},
     "rounding": "rounding",
 }
 
@@ -154,6 +164,7 @@ def show(found: dict[str, Any]) -> None:
     # Where weights are float32 rounding does not matter.
     if all(own["rounding"] < NOISE for own in weights.values()):
         del heads["rounding"]
+    heads = {key: head for key, head in heads.items() if medians[key] is not None}
     rows = [
         [
             name.removesuffix(".weight"),
@@ -169,6 +180,11 @@ def show(found: dict[str, Any]) -> None:
         f"{len(weights)} 2-D weights changed, {found['unchanged']} did not. Singular values in "
         f"{' and '.join(dtypes)}; top k: their share of ‖ΔW‖²."
     )
+    if any(medians[f"worth_at_{r}"] is not None for r in RANKS):
+        print(
+            "Worth: how many more ranks a LoRA needs to come as close to ΔW as full PERA of rank "
+            "r, by the formula of docs/capacity.md."
+        )
     for where in ("base", "tuned"):
         if lone := found[f"only_in_{where}"]:
             print(f"Only in {found[where]}: {some(lone)}")

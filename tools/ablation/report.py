@@ -7,10 +7,12 @@ import math
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import pandas as pd
 
+from pera_kernels.cli import worth as capacity
 from tools import documents
 from tools.ablation import plots, rows
 from tools.ablation.runs import CHOICE_SEED, FULL
@@ -128,8 +130,23 @@ def worths(folder: Path) -> str:
                     continue
                 found = [worth(runs, key, r, loss) for loss in ("training", "test")]
                 shown = ["outside" if math.isnan(ranks) else f"{ranks:+.1f}" for ranks in found]
-                lines.append([task, LABELS[key], r, *shown])
-    return documents.table(["task", "method", "r", "by training loss", "by test loss"], lines, 2)
+                lines.append([task, LABELS[key], r, *shown, predicted(runs, key, r)])
+    head = ["task", "method", "r", "by training loss", "by test loss", "by the spectrum"]
+    return documents.table(head, lines, 2)
+
+
+def predicted(runs: pd.DataFrame, method: str, r: int) -> str:
+    """What docs/capacity.md's formula makes of full fine-tuning's update: the layers' median."""
+    full = runs[runs["method"] == FULL.key]
+    if not len(full):
+        return ""
+    run = full.iloc[0]
+    layers = zip(run["spectra"], run["shapes"], strict=True)
+    ranks = median(
+        capacity.worth(sigma, int(r), method, tuple(shape))  # type: ignore[arg-type]
+        for sigma, shape in layers
+    )
+    return f"{ranks:+.1f}"
 
 
 def rates(folder: Path) -> str:

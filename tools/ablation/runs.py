@@ -175,6 +175,7 @@ def train(task: Task, trial: Trial, steps: int) -> Row:
             else:
                 updates = [layer.delta_weight() for layer in layers.values()]
         row["spectra"] = [torch.linalg.svdvals(update).tolist() for update in updates]
+        row["shapes"] = [list(update.shape) for update in updates]
     return row
 
 
