@@ -18,7 +18,7 @@ __all__ = ["NEGLIGIBLE", "Trained", "grouped", "parameter_groups", "warn_of_idle
 NEGLIGIBLE = 0.01
 
 # AdamW moves an entry by about lr a step. Over 75 to 1000 steps the entries of B were seen to grow
-# to 4 to 9 lr; that of a longer run grows slowly, with about the fourth root of its steps.
+# to 4 to 13 lr, in longer runs slowly further: the table of rates in docs/ablation.md.
 B_IN_RATES = 8.0
 # With this part of the factors' step on normalised products, they were seen to end at about a half
 # of the linear part: docs/choosing.md.
