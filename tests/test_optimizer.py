@@ -130,6 +130,25 @@ def test_the_share_of_the_products_is_far_above_that_of_one_rate_for_all():
     assert shares["one rate"] < 1e-3 < 0.1 < shares["default"]
 
 
+def test_gradients_below_the_usual_eps_do_not_stop_h():
+    """At small factors all of h's gradient is below 1e-8."""
+    moved = {}
+    for eps in (1e-8, None):
+        torch.manual_seed(0)
+        layer = pk.PeraLinear(1024, 64, r=4)
+        groups = pk.parameter_groups(layer, 1e-5, eps=eps)
+        optimizer = torch.optim.AdamW(groups)
+        x = torch.randn(64, 1024)
+        for _ in range(5):
+            optimizer.zero_grad()
+            (layer(x) - 1.0).square().mean().backward()
+            optimizer.step()
+        assert layer.pera_h.grad.abs().max() < 1e-8
+        moved[eps] = layer.pera_h.abs().mean() / coefficients(groups)[0]["lr"]
+    # Steps of about the rate, against a small part of one.
+    assert moved[1e-8] > 1 > 0.5 > moved[None]
+
+
 def test_eps_is_left_out_for_optimizers_without_a_single_one():
     groups = pk.parameter_groups(adapted(), LR, eps=None)
     assert not any("eps" in group for group in groups)

@@ -68,6 +68,46 @@ def test_the_tables_of_the_ablation():
         assert path.read_text() == text, "run python -m tools.ablation --report"
 
 
+def test_what_is_said_of_the_ablation():
+    """docs/ablation.md, docs/choosing.md and README.md say this in words."""
+    for package in ("matplotlib", "pandas", "rich", "tqdm"):
+        pytest.importorskip(package)
+    from tools.ablation import report, rows
+
+    topics = report.results(rows.RESULTS, "topics")
+    for r, least, most in ((16, 4, 5), (4, 0.4, 0.6)):
+        assert least <= round(report.worth(topics, "full", r, "test"), 1) <= most
+        gain, half = report.difference(topics, "full", r, "test")
+        more, _ = report.difference(topics, "lora_half_more", r, "test")
+        assert half < gain < more
+    by_rule = {
+        (row["setting"], row["rule"]): row for row in rows.read(rows.RESULTS / "rates.jsonl")
+    }
+    default = {setting: row for (setting, rule), row in by_rule.items() if rule == "default"}
+    over = {s: row["validation"] - by_rule[s, "LoRA"]["validation"] for s, row in default.items()}
+    assert len(over) > 4 and over.pop("75 steps") < 0.002 and max(over.values()) < 0
+    shares = [row["shares"][-1] for row in default.values()]
+    assert 0.27 < min(shares) and max(shares) < 1.6
+    grown = [row["B_in_lr"] for row in default.values()]
+    assert 4 < min(grown) and max(grown) < 13.5
+    # Fixed multiples: next to nothing in one setting, too much in another.
+    assert by_rule["lr / 4", "30 × lr"]["shares"][-1] < 0.04
+    assert by_rule["width 128", "30000 × lr"]["validation"] > 4
+
+
+def test_what_is_said_of_capacity():
+    """README.md and docs/choosing.md: parts of r for singular values that fall as k^−0.5."""
+    pytest.importorskip("pandas")
+    from tools.capacity import report
+
+    cells = report.cells(report.load())
+    cells = cells[(cells.terms == "full") & (cells.spectrum == "0.5") & cells.grid]
+    parts = (cells["mean"] / cells.r).groupby(cells.n // cells.r).agg(["min", "max"])
+    assert 0.4 < parts.loc[8, "min"] and parts.loc[8, "max"] < 0.7
+    assert 1 / 9 < parts.loc[16, "min"] and parts.loc[16, "max"] < 1 / 5
+    assert parts.loc[32, "max"] < 1 / 30
+
+
 def test_the_table_of_ranks():
     head = ["r", *(f'K, terms="{terms}"' for terms in TERMS), "K′ (full)", "vLLM --max-lora-rank"]
     lines = [f"| {' | '.join(head)} |", f"|{'---:|' * len(head)}"]

@@ -20,8 +20,8 @@ NEGLIGIBLE = 0.01
 # AdamW moves an entry by about lr a step. Over 75 to 1000 steps the entries of B were seen to grow
 # to 4 to 13 lr, in longer runs slowly further: the table of rates in docs/ablation.md.
 B_IN_RATES = 8.0
-# With this part of the factors' step on normalised products, they were seen to end at about a half
-# of the linear part: docs/choosing.md.
+# With this part of the factors' step on normalised products, they were seen to end at a quarter to
+# one and a half times the linear part: the same table.
 PART = 0.1
 
 
@@ -46,15 +46,15 @@ def parameter_groups(
     A product of factor entries is far smaller than the entries, so an ``h`` that moves at ``lr``
     changes nothing. By default every layer's h moves as a coefficient of normalised products would
     at a tenth of ``lr``: h = q / (rms(A) β²), where β = 8 ``lr`` is what entries of B grow to.
-    That is a rate of 0.1 ``lr`` / (rms(A) β²) for h: no tuning for width, rank, ``lr`` or length
-    (docs/choosing.md). :meth:`PeraLinear.quadratic_share` is the gauge; to change it, multiply
-    ``group["lr"]`` of the groups named ``"coefficients"``.
+    That is a rate of 0.1 ``lr`` / (rms(A) β²) for h, which fits any width, rank, ``lr`` and length
+    well enough to start from (docs/choosing.md). :meth:`PeraLinear.quadratic_share` is the gauge;
+    to change it, multiply ``group["lr"]`` of the groups named ``"coefficients"``.
 
     Args:
         lr: rate of A, B and of any other trainable parameter of the model (in a group of its own).
         lr_h: one rate for the h of all layers, in place of that rule.
-        eps: the optimizer's, which the rule scales for h as it scales the rate: gradients of h are
-            so small that 1e-8 would stop them. None leaves it out, for optimizers without a single
+        eps: the optimizer's, which the rule scales for h as it scales the rate: gradients of h can
+            be below 1e-8, which would stop it. None leaves it out, for optimizers without a single
             ``eps`` (Adafactor).
         weight_decay: of every group but those of h, which is never decayed.
 
