@@ -11,11 +11,10 @@ import sys
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import pandas as pd  # type: ignore[import-untyped]
 
-from tools.documents import render, table, write
+from tools.documents import drawing, render, table, write
 
 from . import rows
 from .contenders import FROZEN
@@ -27,7 +26,6 @@ __all__ = ["PARTS", "PARTS_HERE", "documents", "latest", "load", "write_plots"]
 AXES = ["device", "terms", "r", "T", "n", "m", "dtype", "dropout"]
 # What the tables and the plots by tokens show.
 SHOWN = "terms == 'full' and r == 16 and dropout == 0"
-GREY = "#7d8590"
 NOT_MEASURED = "Not measured on a GPU yet."
 PLOTS = (
     ("ratio-by-tokens", "T", "ratio_to_frozen", "time / frozen layer's"),
@@ -204,10 +202,6 @@ def write_plots(folder: Path) -> None:
 
 def plot(frame: pd.DataFrame, x: str, y: str, unit: str, path: Path) -> None:
     """A panel for each dtype, a line for each contender over tokens or rank."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
     from matplotlib.ticker import LogLocator, NullFormatter, NullLocator
 
     base = shown(frame, "both")
@@ -224,18 +218,7 @@ def plot(frame: pd.DataFrame, x: str, y: str, unit: str, path: Path) -> None:
         return
     present = [name for name in CONTENDERS if name != FROZEN and name in set(frame.contender)]
     dtypes = list(frame.dtype.unique())
-    # The same rows give the same file, with letters as text; mid-grey reads on light and on dark.
-    style: dict[Any, Any] = {
-        "svg.hashsalt": "pera",
-        "svg.fonttype": "none",
-        "savefig.transparent": True,
-    }
-    style |= dict.fromkeys(("text.color", "axes.labelcolor", "axes.edgecolor"), GREY)
-    style |= dict.fromkeys(("xtick.color", "ytick.color", "axes.titlecolor"), GREY)
-    with matplotlib.rc_context(style):
-        figure, axes = pyplot.subplots(
-            1, len(dtypes), figsize=(10, 4), sharey=True, squeeze=False, layout="constrained"
-        )
+    with drawing(path, ncols=len(dtypes), figsize=(10, 4), sharey=True) as axes:
         for axis, dtype in zip(axes[0], dtypes, strict=True):
             # An absent contender is an empty column, so that every panel has the same legend.
             lines = frame[frame.dtype == dtype].pivot(index=x, columns="contender", values=y)
@@ -251,10 +234,8 @@ def plot(frame: pd.DataFrame, x: str, y: str, unit: str, path: Path) -> None:
             axis.yaxis.set_minor_formatter(NullFormatter())
             axis.grid(axis="y", alpha=0.2)
         axes[0][0].set_ylabel(f"{unit}, forward + backward")
-        figure.legend(*axes[0][0].get_legend_handles_labels(), loc="outside right upper")
-        figure.savefig(path, metadata={"Date": None})
-        pyplot.close(figure)
-    path.write_text("\n".join(line.rstrip() for line in path.read_text().splitlines()) + "\n")
+        told = axes[0][0].get_legend_handles_labels()
+        axes[0][0].figure.legend(*told, loc="outside right upper")
 
 
 gpu_layers = partial(_layers, "gpu*.jsonl", ("both",), NOT_MEASURED)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import platform
 import re
 from datetime import datetime, timezone
@@ -14,8 +13,19 @@ import torch
 from pera_kernels.cli import describe
 from pera_kernels.kernels import interpreting
 from pera_kernels.testing import Case
+from tools.rows import append, read
 
-__all__ = ["DTYPES", "RESULTS", "Row", "append", "default_file", "environment", "line", "of_case"]
+__all__ = [
+    "DTYPES",
+    "RESULTS",
+    "Row",
+    "append",
+    "default_file",
+    "environment",
+    "line",
+    "of_case",
+    "read",
+]
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
@@ -77,20 +87,6 @@ def default_file(device: torch.device, prefix: str = "") -> Path:
     """One file for each kind of device: cpu.jsonl, or gpu-<name>.jsonl."""
     name = f"gpu {torch.cuda.get_device_name(device)}" if device.type == "cuda" else "cpu"
     return RESULTS / f"{prefix}{re.sub(r'[^a-z0-9]+', '-', name.lower()).strip('-')}.jsonl"
-
-
-def append(path: Path, row: Row) -> None:
-    """Add one row; floats keep five significant digits, more would be noise."""
-    values = {k: float(f"{v:.5g}") if isinstance(v, float) else v for k, v in row.items()}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a", encoding="utf-8") as lines:
-        lines.write(json.dumps(values, ensure_ascii=False) + "\n")
-
-
-def read(path: Path) -> list[Row]:
-    """The rows of a file, which need not exist."""
-    text = path.read_text(encoding="utf-8") if path.exists() else ""
-    return [json.loads(line) for line in text.splitlines() if line]
 
 
 def line(row: Row) -> str:

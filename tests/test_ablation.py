@@ -15,8 +15,9 @@ pytest.importorskip("rich", reason="the tools need rich")
 import pandas as pd
 
 import pera_kernels as pk
+from tools import rows
 from tools.ablation import __main__ as program
-from tools.ablation import rates, report, rows, runs, timing, verses
+from tools.ablation import rates, report, runs, timing, verses
 from tools.ablation.task import Task
 from tools.ablation.topics import topic_parts
 
@@ -151,8 +152,8 @@ def test_a_run_that_diverges_is_never_chosen():
     lost = {**rows.rounded(worst), "lr": 0.01}
     kept = {**lost, "lr": 0.03, "validation": 5.0}
     assert lost["validation"] is None
-    assert runs.chosen(task, method, [lost]) is None
-    assert runs.chosen(task, method, [lost, kept]) == (0.03, 1.0)
+    assert next(runs.remaining(task, [lost], [2], 2)).key() == runs.row_key(kept)
+    assert next(runs.remaining(task, [lost, kept], [2], 2)) == runs.Trial(method, 0.03, 1.0, 0)
 
 
 def frame(losses):
@@ -221,7 +222,7 @@ def test_rules_of_rates(tiny, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(rates, "SETTINGS", (setting,))
     monkeypatch.setattr(rates, "Topics", Tiny)
     for _ in range(2):
-        assert rates.main(["--out", str(tmp_path), "--rules", *rates.RULES]) == 0
+        rates.measure(tmp_path)
     found = rows.read(tmp_path / "rates.jsonl")
     assert [row["rule"] for row in found] == list(rates.RULES)
     shares = {row["rule"]: row["shares"] for row in found}
@@ -282,6 +283,7 @@ def test_verses_of_a_chapter_stay_together_and_batches_are_padded():
         (["--ranks", "0"], "'0' is not a whole number from 1"),
         (["--task", "images"], "invalid choice: 'images'"),
         (["--report", "--time"], "not allowed with"),
+        (["--rates", "--report"], "not allowed with"),
         (["--report", "--out", "{tmp}/empty"], "has no results yet"),
         (["--report", "--out", __file__], "argument --out"),
     ],

@@ -62,9 +62,9 @@ def test_the_interactions_of_the_fine_tune():
 def test_the_tables_of_the_ablation():
     for package in ("matplotlib", "pandas", "rich", "tqdm"):
         pytest.importorskip(package)
-    from tools.ablation import report, rows
+    from tools.ablation import report
 
-    for path, text in report.pages(rows.RESULTS).items():
+    for path, text in report.pages(report.RESULTS).items():
         assert path.read_text() == text, "run python -m tools.ablation --report"
 
 
@@ -72,16 +72,17 @@ def test_what_is_said_of_the_ablation():
     """docs/ablation.md, docs/choosing.md and README.md say this in words."""
     for package in ("matplotlib", "pandas", "rich", "tqdm"):
         pytest.importorskip(package)
-    from tools.ablation import report, rows
+    from tools import rows
+    from tools.ablation import report
 
-    topics = report.results(rows.RESULTS, "topics")
+    topics = report.results(report.RESULTS, "topics")
     for r, least, most in ((16, 4, 5), (4, 0.4, 0.6)):
         assert least <= round(report.worth(topics, "full", r, "test"), 1) <= most
         gain, half = report.difference(topics, "full", r, "test")
         more, _ = report.difference(topics, "lora_half_more", r, "test")
         assert half < gain < more
     by_rule = {
-        (row["setting"], row["rule"]): row for row in rows.read(rows.RESULTS / "rates.jsonl")
+        (row["setting"], row["rule"]): row for row in rows.read(report.RESULTS / "rates.jsonl")
     }
     default = {setting: row for (setting, rule), row in by_rule.items() if rule == "default"}
     over = {s: row["validation"] - by_rule[s, "LoRA"]["validation"] for s, row in default.items()}

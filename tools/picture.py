@@ -9,8 +9,9 @@ from collections.abc import Iterator
 from functools import cache
 from importlib.util import resolve_name
 from pathlib import Path
+from typing import Any
 
-import matplotlib
+from tools.documents import drawing
 
 PACKAGE = Path(__file__).parents[1] / "pera_kernels"
 # By the names of modules.
@@ -148,13 +149,15 @@ def placed(graph: set[Edge]) -> dict[str, tuple[float, float]]:
 
 
 def draw(path: Path) -> None:
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    matplotlib.rcParams.update({"svg.hashsalt": "pera", "svg.fonttype": "none"})
-    figure, axes = pyplot.subplots(figsize=(10, 9.5), layout="constrained")
-    place = placed(graphs()["import"])
     found = arrows()
+    # A test compares the description with the sources; the rest depends on matplotlib's version.
+    with drawing(path, described(found), figsize=(10, 9.5)) as ((axes,),):
+        fill(axes, found)
+
+
+def fill(axes: Any, found: dict[Edge, str]) -> None:
+    """Boxes of files and arrows of imports."""
+    place = placed(graphs()["import"])
     for upper, lower in sorted(found, key=lambda edge: found[edge] != "import"):
         kind, (x, y), (at_x, at_y) = found[upper, lower], place[upper], place[lower]
         style = {"arrowstyle": "-|>", "color": KINDS[kind][0], "lw": 0.9 + 0.6 * (kind != "import")}
@@ -162,17 +165,22 @@ def draw(path: Path) -> None:
     for name, (x, y) in place.items():
         face = "#fff3d6" if name.startswith("kernels/") else "#eef2f7"
         style = {"boxstyle": "round,pad=0.45", "fc": face, "ec": "#57606a"}
-        axes.text(x, y, name.removesuffix(".py"), ha="center", va="center", size=10, bbox=style)
+        axes.text(
+            x,
+            y,
+            name.removesuffix(".py"),
+            ha="center",
+            va="center",
+            size=10,
+            bbox=style,
+            color="black",
+        )
     for color, text in KINDS.values():
         axes.plot([], [], color=color, label=text)
     axes.legend(loc="upper right", frameon=False)
     width = 0.4 + max(abs(x) for x, _ in place.values())
     axes.set(xlim=(-width, width), ylim=(-0.4, max(y for _, y in place.values()) + 0.4))
     axes.axis("off")
-    # A test compares this with the sources; the rest depends on the version of matplotlib.
-    figure.savefig(path, metadata={"Date": None, "Description": described(found)})
-    pyplot.close(figure)
-    path.write_text("".join(f"{line.rstrip()}\n" for line in path.read_text().splitlines()))
 
 
 if __name__ == "__main__":

@@ -9,7 +9,8 @@ from pathlib import Path
 
 import torch
 
-from tools.ablation import report, rows, timing
+from tools import rows
+from tools.ablation import rates, report, timing
 from tools.ablation.runs import CHOICE_SEED, Row, remaining, train
 from tools.ablation.task import Task
 from tools.ablation.topics import Topics
@@ -21,6 +22,7 @@ EXAMPLES = """
 examples:
   python -m tools.ablation --task topics               # about two hours on one CPU core
   python -m tools.ablation --task verses --ranks 16    # in a second terminal
+  python -m tools.ablation --rates                     # rules for the learning rate of h
   python -m tools.ablation --report                    # tables and plots of the rows there are
   python -m tools.ablation --steps 5 --seeds 2 --out quick
 """
@@ -51,9 +53,10 @@ def build_parser() -> OneLineParser:
     add("--seeds", type=seeds, default=5, help="runs of each method, 2 to 10 (default: 5)")
     add("--steps", type=whole_number(1), help="steps of a run (default: the task's)")
     add("--threads", type=whole_number(1), default=1, help="CPU threads (default: 1)")
-    add("--out", type=Path, default=rows.RESULTS, help="folder of the rows and plots")
+    add("--out", type=Path, default=report.RESULTS, help="folder of the rows and plots")
     kind = parser.add_mutually_exclusive_group().add_argument
     kind("--report", action="store_true", help="run nothing, draw what there is")
+    kind("--rates", action="store_true", help="try rules for the learning rate of h")
     kind("--time", action="store_true", help="time a step of each method, on an idle computer")
     return parser
 
@@ -72,8 +75,10 @@ def main(arguments: list[str] | None = None) -> int:
     out: Path = options.out
     try:
         out.mkdir(parents=True, exist_ok=True)
-        if not options.report:
-            torch.set_num_threads(options.threads)
+        torch.set_num_threads(options.threads)
+        if options.rates:
+            rates.measure(out)
+        elif not options.report:
             for name in options.task or TASKS:
                 task = TASKS[name](out / "cache")
                 steps = options.steps or task.steps

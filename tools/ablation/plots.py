@@ -9,6 +9,7 @@ import pandas as pd
 import torch
 
 import pera_kernels as pk
+from tools.documents import drawing
 
 __all__ = ["draw"]
 
@@ -24,28 +25,21 @@ LABELS = {
 
 def draw(runs: pd.DataFrame, folder: Path, task: str) -> None:
     """``TASK-curves.svg``, ``TASK-ranks.svg`` and ``TASK-spectra.svg``, where there are runs."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    # The same rows give the same files.
-    matplotlib.rcParams["svg.hashsalt"] = "pera"
-    from matplotlib import pyplot
-
     if not len(runs):
         return
-    for name, plot in (("curves", curves), ("ranks", ranks), ("spectra", spectra)):
-        figure = plot(pyplot, runs, task)
-        if figure is not None:
-            figure.savefig(folder / f"{task}-{name}.svg", metadata={"Date": None})
-            pyplot.close(figure)
-
-
-def curves(pyplot, runs, task):  # type: ignore[no-untyped-def]
-    """Training losses and, seed by seed, how far below LoRA's: mean and standard error."""
     present = sorted(runs.loc[runs["method"].isin(LABELS) & (runs["r"] > 0), "r"].unique())
-    figure, axes = pyplot.subplots(
-        2, len(present), figsize=(5.5 * len(present), 7), layout="constrained", squeeze=False
-    )
+    size = (5.5 * len(present), 7)
+    with drawing(folder / f"{task}-curves.svg", nrows=2, ncols=len(present), figsize=size) as axes:
+        curves(axes, runs, task, present)
+    with drawing(folder / f"{task}-ranks.svg", ncols=2, figsize=(11, 4)) as (axes,):
+        ranks(axes, runs, task)
+    if "spectra" in runs and runs["spectra"].notna().any():
+        with drawing(folder / f"{task}-spectra.svg", figsize=(7, 4.5)) as ((axis,),):
+            spectra(axis, runs, task)
+
+
+def curves(axes, runs, task, present):  # type: ignore[no-untyped-def]
+    """Training losses and, seed by seed, how far below LoRA's: mean and standard error."""
     for (above, below), r in zip(axes.T, present, strict=True):
         own = runs[runs["r"] == r].sort_values("seed")
         by_method = {key: own[own["method"] == key] for key in LABELS}
@@ -63,7 +57,6 @@ def curves(pyplot, runs, task):  # type: ignore[no-untyped-def]
         for axis in (above, below):
             axis.grid(alpha=0.3)
     axes[0, 0].legend()
-    return figure
 
 
 def band(axis, steps, values, key):  # type: ignore[no-untyped-def]
@@ -75,9 +68,8 @@ def band(axis, steps, values, key):  # type: ignore[no-untyped-def]
         axis.fill_between(steps, mean - error, mean + error, color=COLOURS[key], alpha=0.2)
 
 
-def ranks(pyplot, runs, task):  # type: ignore[no-untyped-def]
+def ranks(axes, runs, task):  # type: ignore[no-untyped-def]
     """Losses by the adapter's rank (the paper's Figure 3): LoRA at every rank that was trained."""
-    figure, axes = pyplot.subplots(1, 2, figsize=(11, 4), layout="constrained")
     for axis, loss in zip(axes, ("training", "test"), strict=True):
         for key in ("lora", "full", "square", "cross"):
             lora = runs["method"].str.startswith("lora")
@@ -97,17 +89,13 @@ def ranks(pyplot, runs, task):  # type: ignore[no-untyped-def]
         axis.set(title=f"{task}: {loss} loss", xlabel="rank of the adapter")
         axis.grid(alpha=0.3)
     axes[0].legend()
-    return figure
 
 
-def spectra(pyplot, runs, task):  # type: ignore[no-untyped-def]
+def spectra(axis, runs, task):  # type: ignore[no-untyped-def]
     """Singular values of the learned updates, every layer and their median; of random factors too,
     as an update before training would have if B and h were not zero.
     """
-    if "spectra" not in runs or not runs["spectra"].notna().any():
-        return None
     kept = runs[runs["spectra"].notna()]
-    figure, axis = pyplot.subplots(figsize=(7, 4.5), layout="constrained")
     for _, run in kept.iterrows():
         layers = [np.array(sigma) / sigma[0] for sigma in run["spectra"]]
         shortest = min(map(len, layers))
@@ -130,7 +118,6 @@ def spectra(pyplot, runs, task):  # type: ignore[no-untyped-def]
     )
     axis.grid(alpha=0.3)
     axis.legend()
-    return figure
 
 
 def of_random_factors(terms, r=16, width=512):  # type: ignore[no-untyped-def]

@@ -1,9 +1,7 @@
-"""`python -m tools.ablation.rates`: rules for the learning rate of h, in settings that differ."""
+"""Rules for the learning rate of h, in settings of other widths, ranks, rates and lengths."""
 
 from __future__ import annotations
 
-import argparse
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,14 +9,13 @@ from typing import Any
 import torch
 
 import pera_kernels as pk
-from tools.ablation.rows import RESULTS, append, read
+from tools import rows
 from tools.ablation.runs import Row, adapted, fit
 from tools.ablation.task import Task
 from tools.ablation.topics import Topics
 from tools.ablation.verses import Verses
-from tools.finetune.__main__ import OneLineParser, whole_number
 
-__all__ = ["RULES", "SETTINGS"]
+__all__ = ["RULES", "SETTINGS", "Normalised", "measure"]
 
 SEED = 1000
 
@@ -110,40 +107,15 @@ def rms(tensor: torch.Tensor) -> float:
     return float(tensor.detach().square().mean().sqrt())
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """The exit status: 0, 2 for bad options, 130 after an interrupt."""
-    parser = OneLineParser(
-        prog="python -m tools.ablation.rates",
-        description="Train full PERA with each rule for the learning rate of h, in settings of\n"
-        "other widths, ranks, rates and lengths. What has a row is not run again.",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    add = parser.add_argument
-    names = [setting.name for setting in SETTINGS]
-    add("--settings", choices=names, nargs="+", default=names, help="some of them (default: all)")
-    add("--rules", choices=tuple(RULES), nargs="+", default=tuple(RULES), help="the same of rules")
-    add("--threads", type=whole_number(1), default=1, help="CPU threads (default: 1)")
-    add("--out", type=Path, default=RESULTS, help="folder of rates.jsonl")
-    options = parser.parse_args(arguments)
-    torch.set_num_threads(options.threads)
-    file = options.out / "rates.jsonl"
-    try:
-        for setting in (s for s in SETTINGS if s.name in options.settings):
-            done = {row["rule"] for row in read(file) if row["setting"] == setting.name}
-            left = [rule for rule in options.rules if rule not in done]
-            if not left:
-                continue
-            cache = options.out / "cache"
-            task = Verses(cache) if setting.task == "verses" else Topics(cache, setting.width)
-            for rule in left:
-                append(file, run(task, setting, rule))
-    except ImportError as error:
-        parser.exit(1, f"{parser.prog}: error: {error}\n")
-    except KeyboardInterrupt:
-        print(f"\nInterrupted: {file} has what was run", file=sys.stderr)
-        return 130
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+def measure(folder: Path) -> None:
+    """Train full PERA by each rule in each setting; what has a row is not run again."""
+    file = folder / "rates.jsonl"
+    for setting in SETTINGS:
+        done = {row["rule"] for row in rows.read(file) if row["setting"] == setting.name}
+        left = [rule for rule in RULES if rule not in done]
+        if not left:
+            continue
+        cache = folder / "cache"
+        task = Verses(cache) if setting.task == "verses" else Topics(cache, setting.width)
+        for rule in left:
+            rows.append(file, run(task, setting, rule))

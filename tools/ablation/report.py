@@ -13,13 +13,14 @@ from typing import Any
 import pandas as pd
 
 from pera_kernels.cli import worth as capacity
-from tools import documents
-from tools.ablation import plots, rows
+from tools import documents, rows
+from tools.ablation import plots
 from tools.ablation.runs import CHOICE_SEED, FULL
 from tools.finetune.report import crossing
 
-__all__ = ["difference", "pages", "results", "worth", "write"]
+__all__ = ["RESULTS", "difference", "pages", "results", "worth", "write"]
 
+RESULTS = documents.ROOT / "benchmarks" / "results" / "ablation"
 PAGE, README = documents.ROOT / "docs" / "ablation.md", documents.ROOT / "README.md"
 TASKS = ("topics", "verses")
 LABELS = {
@@ -227,7 +228,7 @@ def write(folder: Path) -> None:
     """Draw the plots and print the tables; those of the committed rows go into the page."""
     for task in TASKS:
         plots.draw(results(folder, task), folder, task)
-    if folder.resolve() == rows.RESULTS:
+    if folder.resolve() == RESULTS:
         documents.write(pages(folder), "tools.ablation --report", check=False)
     else:
         print("\n\n".join(make() for make in parts(folder).values()))

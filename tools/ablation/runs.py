@@ -20,7 +20,7 @@ from pera_kernels.terms import coefficient_count, expanded_rank
 from tools.ablation.task import Task
 from tools.finetune.train import warmup_then_cosine
 
-__all__ = ["FULL", "Method", "Row", "Trial", "chosen", "methods", "remaining", "train"]
+__all__ = ["FULL", "Method", "Row", "Trial", "methods", "remaining", "train"]
 
 Row = dict[str, Any]
 # The seed of the runs that choose rates; no result has it.
@@ -99,15 +99,6 @@ def remaining(task: Task, rows: Sequence[Row], ranks: Sequence[int], seeds: int)
             own = range(seeds if method is not FULL else 1)
             missing = [Trial(method, lr, multiple, seed) for seed in own]
         yield from (trial for trial in missing if trial.key() not in done)
-
-
-def chosen(task: Task, method: Method, rows: Sequence[Row]) -> tuple[float, float] | None:
-    """The rate of A and B, and the multiple of h's, with the lowest validation loss; None before
-    all were tried.
-    """
-    done = {row_key(row): row for row in rows if row["task"] == task.name}
-    lr, multiple, missing = _choose(task, method, done)
-    return None if missing else (lr, multiple)
 
 
 def row_key(row: Row) -> tuple[Any, ...]:

@@ -12,7 +12,7 @@ import torch
 
 import pera_kernels as pk
 from pera_kernels.cli import describe
-from tools.ablation import rows
+from tools import rows
 from tools.ablation.runs import adapted, methods
 from tools.ablation.task import Task
 

@@ -10,7 +10,6 @@ python -m tools.capacity --check    exit status 1 if the page would change
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import sys
 from collections.abc import Iterator, Sequence
@@ -24,6 +23,7 @@ import torch
 from pera_kernels.cli.tables import progress
 from pera_kernels.terms import Terms
 
+from .. import rows
 from ..documents import write
 from . import report
 from .fit import Problem, fit
@@ -60,14 +60,10 @@ def key(row: dict[str, Any]) -> tuple[Any, ...]:
 
 def measure(wanted: Sequence[Problem], path: Path) -> None:
     """Append the rows of every problem that the file has none of."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.touch()
-    done = {key(json.loads(line)) for line in path.read_text().splitlines()}
+    done = {key(row) for row in rows.read(path)}
     missing = [problem for problem in wanted if key(vars(problem)) not in done]
     for problem in progress(missing, "fits"):
-        lines = [json.dumps({**row, "torch": torch.__version__}) + "\n" for row in fit(problem)]
-        with path.open("a") as rows:
-            rows.write("".join(lines))
+        rows.append(path, *({**row, "torch": torch.__version__} for row in fit(problem)))
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -16,6 +15,7 @@ from pera_kernels.cli.worth import FITTED, numbers, worth
 from pera_kernels.terms import Terms, coefficient_count
 
 from ..documents import GREY, ROOT, drawing, render, table
+from ..rows import read
 from .fit import spectrum
 
 FOLDER = ROOT / "benchmarks" / "results" / "capacity"
@@ -33,7 +33,7 @@ LEAST = 0.02
 
 def load(path: Path = ROWS) -> pd.DataFrame:
     """Every row; "again" are those with twice the steps of others of their cell."""
-    rows = pd.DataFrame(map(json.loads, path.read_text().splitlines()))
+    rows = pd.DataFrame(read(path))
     rows["again"] = rows.steps > rows.groupby(CELL).steps.transform("min")
     return rows
 

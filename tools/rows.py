@@ -7,30 +7,27 @@ import math
 from pathlib import Path
 from typing import Any
 
-from tools.documents import ROOT
-
-__all__ = ["RESULTS", "append", "read"]
-
-RESULTS = ROOT / "benchmarks" / "results" / "ablation"
+__all__ = ["append", "read", "rounded"]
 
 
 def read(path: Path) -> list[dict[str, Any]]:
     """The rows of a file, which need not exist."""
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    text = path.read_text(encoding="utf-8") if path.exists() else ""
+    return [json.loads(line) for line in text.splitlines() if line]
 
 
-def append(path: Path, row: dict[str, Any]) -> None:
-    """Add a row, floats with five digits."""
+def append(path: Path, *rows: dict[str, Any]) -> None:
+    """Add rows in one piece; floats keep five significant digits, more would be noise."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a") as lines:
-        lines.write(json.dumps(rounded(row)) + "\n")
+    with path.open("a", encoding="utf-8") as lines:
+        lines.write("".join(json.dumps(rounded(r), ensure_ascii=False) + "\n" for r in rows))
 
 
 def rounded(value: Any) -> Any:
     """Floats with five digits, and None for what is not finite."""
     if isinstance(value, dict):
         return {key: rounded(item) for key, item in value.items()}
-    if isinstance(value, list):
+    if isinstance(value, (list, tuple)):
         return [rounded(item) for item in value]
     if isinstance(value, float):
         return float(f"{value:.5g}") if math.isfinite(value) else None
