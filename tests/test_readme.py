@@ -22,13 +22,13 @@ def test_first_example_runs():
 
 def test_the_snippet_from_training_to_serving(tmp_path, monkeypatch, capsys):
     pytest.importorskip("peft")
-    text = README.read_text()
-    code = re.search(r"<!-- snippet -->\n```python\n(.*?)```", text, re.DOTALL)[1]
+    text = (ROOT / "docs" / "serving.md").read_text()
+    code = re.search(r"<!-- snippet -->\n```py\n(.*?)```", text, re.DOTALL)[1]
     monkeypatch.chdir(tmp_path)
     small = ["--steps", "3", "--pretrain-steps", "3", "--batch", "2", "--terms", "full"]
     assert finetune([*small, "--out", "finetune_out"]) == 0
     names = {}
-    exec(compile(code, "README.md", "exec"), names)
+    exec(compile(code, "serving.md", "exec"), names)
     assert names["pk"].adapted_modules(names["tuned"]) and "vLLM" in capsys.readouterr().out
     assert not names["pk"].adapted_modules(names["served"])
 
