@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from tools.finetune.__main__ import main as finetune
+from tools.finetune import __main__ as finetune
+from tools.finetune import data
 
 ROOT = Path(__file__).parents[1]
 README = ROOT / "README.md"
@@ -22,11 +23,14 @@ def test_first_example_runs():
 
 def test_the_snippet_from_training_to_serving(tmp_path, monkeypatch, capsys):
     pytest.importorskip("peft")
-    text = (ROOT / "docs" / "serving.md").read_text()
-    code = re.search(r"<!-- snippet -->\n```py\n(.*?)```", text, re.DOTALL)[1]
+    page = (ROOT / "docs" / "serving.md").read_text()
+    code = re.search(r"<!-- snippet -->\n```py\n(.*?)```", page, re.DOTALL)[1]
     monkeypatch.chdir(tmp_path)
+    text = data.load_corpora(20_000)
+    text = data.Corpora(text.source, text.training[:20_000], text.held_out[:1_500])
+    monkeypatch.setattr(finetune, "load_corpora", lambda: text)
     small = ["--steps", "3", "--pretrain-steps", "3", "--batch", "2", "--terms", "full"]
-    assert finetune([*small, "--out", "finetune_out"]) == 0
+    assert finetune.main([*small, "--out", "finetune_out"]) == 0
     names = {}
     exec(compile(code, "serving.md", "exec"), names)
     assert names["pk"].adapted_modules(names["tuned"]) and "vLLM" in capsys.readouterr().out
