@@ -607,6 +607,31 @@ def test_trainer_can_leave_coefficients_out_of_its_own_decay(tmp_path):
     assert {n.split(".pera_")[1][0] for n, decay in own.items() if decay == 0.0} == {"h"}
 
 
+@pytest.mark.parametrize(
+    "case", ["idle", "working", "untrained", "frozen", "no products", "sharded"]
+)
+def test_saving_warns_where_the_products_did_nothing(case, tmp_path):
+    terms = "linear" if case == "no products" else "full"
+    model = plain(terms=terms, init_weights=True).train()
+    layer = model.base_model.model.v_proj
+    with torch.no_grad():
+        if case != "untrained":
+            layer.pera_B["default"].normal_()
+        for h in layer.pera_h.values():
+            h.fill_(1.0 if case == "working" else 1e-5)
+            h.requires_grad_(case != "frozen")
+    state = model.state_dict()
+    if case == "sharded":
+        state = {key: value.to("meta") for key, value in state.items()}
+    warned = pytest.warns(UserWarning, match="less than 1 % of BA in every layer.*parameter_groups")
+    with warned if case == "idle" else warnings.catch_warnings():
+        warnings.simplefilter("always" if case == "idle" else "error")
+        peft.get_peft_model_state_dict(model, state_dict=state)
+        if case != "sharded":
+            model.save_pretrained(tmp_path)
+            assert (tmp_path / "adapter_model.safetensors").exists()
+
+
 def test_without_peft_the_import_says_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "peft", None)
     monkeypatch.delitem(sys.modules, "pera_kernels.peft")

@@ -199,7 +199,11 @@ def save_adapter(
     metadata = {"pera_config": text, "pera_digest": _digest(text, tensors)}
     files.write_safetensors(folder / TENSORS_FILE, tensors, metadata)
     files.write_json(folder / CONFIG_FILE, _for_peft(config))
-    warn_of_idle_products(layers.values())
+    warn_of_idle_products(
+        (layer.pera_A, layer.pera_B, layer.pera_h, layer.terms)
+        for layer in layers.values()
+        if layer.pera_h is not None and layer.pera_h.requires_grad
+    )
 
 
 def read_adapter(folder: str | os.PathLike[str]) -> AdapterFile:

@@ -6,10 +6,11 @@ import warnings
 from collections.abc import Iterable
 from typing import Any, NamedTuple
 
-from torch import nn
+from torch import Tensor, nn
 
 from ..checks import check_rate
-from ..module import PeraLinear
+from ..module import quadratic_share
+from ..terms import Terms
 from .inject import require_adapters
 
 __all__ = ["NEGLIGIBLE", "Trained", "grouped", "parameter_groups", "warn_of_idle_products"]
@@ -140,15 +141,11 @@ def rates_of_h(lr: float, lr_h: float | None, eps: float | None, rms_A: float) -
     return rates if eps is None else {**rates, "eps": eps * size}
 
 
-def warn_of_idle_products(layers: Iterable[PeraLinear]) -> None:
-    """Warn where h trained and the products are next to nothing beside BA in every layer."""
-    trained = [
-        layer
-        for layer in layers
-        if layer.pera_h is not None and layer.pera_h.requires_grad and layer.pera_B.any()
-    ]
+def warn_of_idle_products(adapters: Iterable[tuple[Tensor, Tensor, Tensor | None, Terms]]) -> None:
+    """Warn where the products of trained A, B, h, terms are next to nothing beside BA in all."""
+    trained = [own for own in adapters if own[2] is not None and own[1].any()]
     # The first layer whose products count ends it.
-    if trained and all(layer.quadratic_share() < NEGLIGIBLE for layer in trained):
+    if trained and all(quadratic_share(*own) < NEGLIGIBLE for own in trained):
         warnings.warn(
             f"the products are less than {100 * NEGLIGIBLE:g} % of BA in every layer: this adapter "
             "is a LoRA. The coefficients h need a learning rate of their own, which "

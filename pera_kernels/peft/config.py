@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from peft.config import PeftConfig
 
 from pera_kernels.checks import check_alpha, check_dropout
-from pera_kernels.terms import check_rank, check_terms
+from pera_kernels.terms import Terms, check_rank, check_terms
 
 __all__ = ["PERA", "PeraConfig"]
 
@@ -70,7 +70,7 @@ class PeraConfig(PeftConfig):
         default=None, metadata={"help": "Numerator of the scale; None means the rank."}
     )
     pera_dropout: float = field(default=0.0, metadata={"help": "Dropout on the adapter's input."})
-    terms: str = field(default="full", metadata={"help": "full, square, cross or linear."})
+    terms: Terms = field(default="full", metadata={"help": "full, square, cross or linear."})
     init_weights: bool | str = field(
         default=True, metadata={"help": "True, 'kaiming', 'gaussian', or False (random)."}
     )

@@ -154,9 +154,9 @@ class PeraLayer(nn.Module, BaseTunerLayer):
         self.own_scaling[adapter_name] = self.pera_alpha[adapter_name] / divisor
         self.scaling[adapter_name] = self.own_scaling[adapter_name]
         self.pera_dropout[adapter_name] = float(config.pera_dropout)
-        self.terms[adapter_name] = config.terms  # type: ignore[assignment]
+        self.terms[adapter_name] = config.terms
         self.init[adapter_name] = "gaussian" if config.init_weights == "gaussian" else "kaiming"
-        L = coefficient_count(r, config.terms)  # type: ignore[arg-type]
+        L = coefficient_count(r, config.terms)
         A, B, h = (
             torch.zeros(*shape, device="cpu", dtype=torch.float32)
             for shape in ((r, self.in_features), (self.out_features, r), (L,))

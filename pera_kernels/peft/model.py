@@ -24,6 +24,7 @@ from torch import nn
 from pera_kernels.adapters.export import best_of_rank, expanded
 from pera_kernels.adapters.hooks import remove_all_hooks
 from pera_kernels.adapters.inject import HEADS
+from pera_kernels.adapters.optimizer import warn_of_idle_products
 from pera_kernels.adapters.shared_inputs import shared_inputs
 from pera_kernels.adapters.ties import refuse_shared, ties
 from pera_kernels.adapters.uncalled import refuse_read_weights, watch
@@ -90,6 +91,26 @@ class PeraModel(BaseTuner):
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
         """As PEFT's, which makes new parameters: in inference mode they could never train."""
         super()._cast_adapter_dtype(adapter_name, autocast_adapter_dtype)
+
+    @classmethod
+    def _get_adapter_state_dict(
+        cls, model: nn.Module, config: PeraConfig, adapter_name: str, *args: Any, **kwargs: Any
+    ) -> dict[str, torch.Tensor]:
+        """As PEFT's, for ``save_pretrained``: it warns where h trained to next to nothing."""
+        found: dict[str, torch.Tensor] = super()._get_adapter_state_dict(
+            model, config, adapter_name, *args, **kwargs
+        )
+        h = f".pera_h.{adapter_name}"
+        if any(p.requires_grad for name, p in model.named_parameters() if name.endswith(h)):
+            modules = [key.removesuffix(h) for key in found if key.endswith(h)]
+            adapters = [
+                [found[f"{module}.{part}.{adapter_name}"] for part in PeraLayer.adapter_layer_names]
+                for module in modules
+            ]
+            # A part of a sharded parameter, or one that is elsewhere, says nothing.
+            if all(type(p) is torch.Tensor and not p.is_meta for own in adapters for p in own):
+                warn_of_idle_products((A, B, h, config.terms) for A, B, h in adapters)
+        return found
 
     @classmethod
     def _remap_adapter_state_dict_for_load(
