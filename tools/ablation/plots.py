@@ -9,25 +9,19 @@ import pandas as pd
 import torch
 
 import pera_kernels as pk
+from tools.ablation.runs import LABELS
 from tools.documents import drawing
 
 __all__ = ["draw"]
 
 COLOURS = {"lora": "C0", "full": "C3", "square": "C1", "cross": "C2", "full_fine_tuning": "0.4"}
-LABELS = {
-    "lora": "LoRA",
-    "full": "PERA full",
-    "square": "PERA square-only",
-    "cross": "PERA cross-only",
-    "full_fine_tuning": "full fine-tuning",
-}
 
 
 def draw(runs: pd.DataFrame, folder: Path, task: str) -> None:
     """``TASK-curves.svg``, ``TASK-ranks.svg`` and ``TASK-spectra.svg``, where there are runs."""
     if not len(runs):
         return
-    present = sorted(runs.loc[runs["method"].isin(LABELS) & (runs["r"] > 0), "r"].unique())
+    present = sorted(runs.loc[runs["method"].isin(COLOURS) & (runs["r"] > 0), "r"].unique())
     size = (5.5 * len(present), 7)
     with drawing(folder / f"{task}-curves.svg", nrows=2, ncols=len(present), figsize=size) as axes:
         curves(axes, runs, task, present)
@@ -42,7 +36,7 @@ def curves(axes, runs, task, present):  # type: ignore[no-untyped-def]
     """Training losses and, seed by seed, how far below LoRA's: mean and standard error."""
     for (above, below), r in zip(axes.T, present, strict=True):
         own = runs[runs["r"] == r].sort_values("seed")
-        by_method = {key: own[own["method"] == key] for key in LABELS}
+        by_method = {key: own[own["method"] == key] for key in COLOURS}
         by_method = {key: part for key, part in by_method.items() if len(part)}
         lora = np.array(by_method["lora"]["curve"].tolist()) if "lora" in by_method else None
         for key, part in by_method.items():

@@ -15,7 +15,7 @@ import pandas as pd
 from pera_kernels.cli import worth as capacity
 from tools import documents, rows
 from tools.ablation import plots
-from tools.ablation.runs import CHOICE_SEED, FULL
+from tools.ablation.runs import CHOICE_SEED, FULL, LABELS
 from tools.finetune.report import crossing
 
 __all__ = ["RESULTS", "difference", "pages", "results", "worth", "write"]
@@ -23,16 +23,6 @@ __all__ = ["RESULTS", "difference", "pages", "results", "worth", "write"]
 RESULTS = documents.ROOT / "benchmarks" / "results" / "ablation"
 PAGE, README = documents.ROOT / "docs" / "ablation.md", documents.ROOT / "README.md"
 TASKS = ("topics", "verses")
-LABELS = {
-    "lora": "LoRA",
-    "full": "PERA full",
-    "square": "PERA square-only",
-    "cross": "PERA cross-only",
-    "lora_parameters": "LoRA, no fewer parameters",
-    "lora_half_more": "LoRA, half as many ranks again",
-    "lora_expanded": "LoRA of the expanded rank",
-    FULL.key: FULL.label,
-}
 PERA = ("full", "square", "cross")
 # 97.5 % quantiles of Student's t by degrees of freedom.
 STUDENT = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)

@@ -20,7 +20,7 @@ from pera_kernels.terms import coefficient_count, expanded_rank
 from tools.ablation.task import Task
 from tools.finetune.train import warmup_then_cosine
 
-__all__ = ["FULL", "Method", "Row", "Trial", "methods", "remaining", "train"]
+__all__ = ["FULL", "LABELS", "Method", "Row", "Trial", "methods", "remaining", "train"]
 
 Row = dict[str, Any]
 # The seed of the runs that choose rates; no result has it.
@@ -31,6 +31,16 @@ MULTIPLES = (0.3, 3.0)
 PARTS = 30
 # Runs whose singular values are kept.
 WITH_SPECTRUM = {("lora", 16), ("full", 16), ("full_fine_tuning", 0)}
+LABELS = {
+    "lora": "LoRA",
+    "full": "PERA full",
+    "square": "PERA square-only",
+    "cross": "PERA cross-only",
+    "lora_parameters": "LoRA, no fewer parameters",
+    "lora_half_more": "LoRA, half as many ranks again",
+    "lora_expanded": "LoRA of the expanded rank",
+    "full_fine_tuning": "Full fine-tuning",
+}
 
 
 @dataclass(frozen=True)
@@ -41,10 +51,13 @@ class Method:
     """
 
     key: str
-    label: str
     r: int
     terms: Literal["full", "square", "cross", "linear"] | None
     rank: int
+
+    @property
+    def label(self) -> str:
+        return LABELS[self.key]
 
     @property
     def has_h(self) -> bool:
@@ -64,7 +77,7 @@ class Trial:
         return (self.method.key, self.method.r, self.lr, self.multiple, self.seed)
 
 
-FULL = Method("full_fine_tuning", "Full fine-tuning", 0, None, 0)
+FULL = Method("full_fine_tuning", 0, None, 0)
 
 
 def methods(task: Task, r: int) -> list[Method]:
@@ -73,13 +86,13 @@ def methods(task: Task, r: int) -> list[Method]:
     coefficients = len(shapes) * coefficient_count(r, "full")
     more = math.ceil(coefficients / sum(m + n for m, n in shapes))
     found = [
-        Method("lora", "LoRA", r, "linear", r),
-        Method("full", "PERA full", r, "full", r),
-        Method("square", "PERA square-only", r, "square", r),
-        Method("cross", "PERA cross-only", r, "cross", r),
-        Method("lora_parameters", "LoRA, no fewer parameters", r, "linear", r + more),
-        Method("lora_half_more", "LoRA, half as many again", r, "linear", r + r // 2),
-        Method("lora_expanded", "LoRA of the expanded rank", r, "linear", expanded_rank(r)),
+        Method("lora", r, "linear", r),
+        Method("full", r, "full", r),
+        Method("square", r, "square", r),
+        Method("cross", r, "cross", r),
+        Method("lora_parameters", r, "linear", r + more),
+        Method("lora_half_more", r, "linear", r + r // 2),
+        Method("lora_expanded", r, "linear", expanded_rank(r)),
     ]
     return [method for method in found if method.rank < task.width]
 
