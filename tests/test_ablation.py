@@ -24,10 +24,9 @@ from tools.ablation.topics import topic_parts
 
 class Tiny(Task):
     name = "topics"
-    unit = "squares"
     steps = 4
-    rates = (0.01, 0.03)
-    rates_of_full = (0.001, 0.01)
+    rates = (0.003, 0.01, 0.03)
+    rates_of_full = (0.0001, 0.001, 0.01)
     targets = ["0"]
     trained_beside = ("1",)
     rate_beside = 0.05
@@ -99,9 +98,11 @@ def test_rates_are_chosen_before_results_and_what_has_a_row_is_not_run_again(
     assert program.main(options) == 0
     found = finished(tmp_path)
     assert len({runs.row_key(row) for row in found}) == len(found)
-    # Two rates for each of 8 methods, two multiples for 3; two seeds of 7, one of full fine-tuning.
+    # Three rates for each of 8 methods, multiples for 3; two seeds of 7, one of full fine-tuning.
     choices = [row for row in found if row["seed"] == runs.CHOICE_SEED]
-    assert len(choices) == 2 * 8 + 2 * 3 and len(found) - len(choices) == 2 * 7 + 1
+    assert [row["multiple"] for row in choices].count(1.0) == 3 * 8
+    assert {row["method"] for row in choices if row["multiple"] != 1.0} == {*report.PERA}
+    assert len(found) - len(choices) == 2 * 7 + 1
     # A choice never sees the test part, a result sees nothing else.
     assert all(row["validation"] > 0 and "test" not in row for row in choices)
     assert all(row["test"] > 0 and "validation" not in row for row in found if row not in choices)
@@ -149,11 +150,36 @@ def test_a_run_that_diverges_is_never_chosen():
     task, method = Tiny(), runs.methods(Tiny(), 2)[0]
     worst = runs.train(task, runs.Trial(method, 1e30, 1.0, runs.CHOICE_SEED), 4)
     assert not math.isfinite(worst["validation"])
-    lost = {**rows.rounded(worst), "lr": 0.01}
-    kept = {**lost, "lr": 0.03, "validation": 5.0}
-    assert lost["validation"] is None
-    assert next(runs.remaining(task, [lost], [2], 2)).key() == runs.row_key(kept)
-    assert next(runs.remaining(task, [lost, kept], [2], 2)) == runs.Trial(method, 0.03, 1.0, 0)
+    lost = [{**rows.rounded(worst), "lr": lr} for lr in (0.003, 0.01)]
+    kept = {**lost[0], "lr": 0.03, "validation": 5.0}
+    assert lost[0]["validation"] is None
+    assert next(runs.remaining(task, lost, [2], 2)).key() == runs.row_key(kept)
+    assert next(runs.remaining(task, [*lost, kept], [2], 2)) == runs.Trial(method, 0.03, 1.0, 0)
+
+
+@pytest.mark.parametrize(
+    ("best", "tried"),
+    [
+        # Multiples of h's rate beside 1: those next to it, and the next where an end is best.
+        (1.0, [0.3, 3.0]),
+        (0.3, [0.3, 3.0, 0.1]),
+        (0.1, [0.3, 3.0, 0.1]),
+        (10.0, [0.3, 3.0, 10.0]),
+    ],
+)
+def test_a_search_goes_on_while_the_best_is_at_an_end(best, tried):
+    task, method = Tiny(), runs.methods(Tiny(), 2)[1]
+    done = []
+    while True:
+        left = [trial for trial in runs.remaining(task, done, [2], 2) if trial.method == method]
+        if left[0].seed != runs.CHOICE_SEED:
+            break
+        away = math.log(left[0].lr / 0.01), math.log(left[0].multiple / best)
+        values = dict(zip(("method", "r", "lr", "multiple", "seed"), left[0].key(), strict=True))
+        done.append({**values, "task": task.name, "validation": math.hypot(*away)})
+    found = [row["multiple"] for row in done if row["multiple"] != 1.0]
+    assert {(trial.lr, trial.multiple) for trial in left} == {(0.01, best)}
+    assert found == tried
 
 
 def frame(losses):

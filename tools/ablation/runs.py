@@ -6,7 +6,7 @@ import itertools
 import math
 import statistics
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -25,8 +25,8 @@ __all__ = ["FULL", "LABELS", "Method", "Row", "Trial", "methods", "remaining", "
 Row = dict[str, Any]
 # The seed of the runs that choose rates; no result has it.
 CHOICE_SEED = 1000
-# Multiples of the default rate of h that are tried, at the rate that was chosen for A and B.
-MULTIPLES = (0.3, 3.0)
+# Multiples of the default rate of h to choose from, at the rate that was chosen for A and B.
+MULTIPLES = (0.1, 0.3, 1.0, 3.0, 10.0)
 # Parts of a run, whose mean losses make its curve; its training loss is that of the last third.
 PARTS = 30
 # Runs whose singular values are kept.
@@ -123,22 +123,28 @@ def _choose(
 ) -> tuple[float, float, list[Trial]]:
     """The best rates so far, and the trials that have to run before they are the best of all."""
 
-    def best(trials: list[Trial]) -> tuple[Trial, list[Trial]]:
-        missing = [trial for trial in trials if trial.key() not in done]
-        if missing:
-            return trials[0], missing
-        losses = [done[trial.key()]["validation"] for trial in trials]
-        # A run that diverged has no loss.
-        ranked = [math.inf if loss is None else loss for loss in losses]
-        return trials[ranked.index(min(ranked))], []
+    def search(grid: Sequence[float], trial: Callable[[float], Trial]) -> tuple[float, list[Trial]]:
+        """The best of the middle three, and of those beyond while the best is at an end."""
+        middle = len(grid) // 2
+        first, last = middle - 1, middle + 1
+        while True:
+            tried = {at: trial(grid[at]) for at in range(first, last + 1)}
+            if missing := [own for own in tried.values() if own.key() not in done]:
+                return grid[middle], missing
+            losses = {at: done[own.key()]["validation"] for at, own in tried.items()}
+            # A run that diverged has no loss; of equals the one in the middle counts.
+            ranked = {at: math.inf if loss is None else loss for at, loss in losses.items()}
+            best = min(ranked, key=lambda at: (ranked[at], abs(at - middle)))
+            wider = max(0, first - (best == first)), min(len(grid) - 1, last + (best == last))
+            if wider == (first, last):
+                return grid[best], []
+            first, last = wider
 
     rates = task.rates_of_full if method is FULL else task.rates
-    first, missing = best([Trial(method, lr, 1.0, CHOICE_SEED) for lr in rates])
+    lr, missing = search(rates, lambda lr: Trial(method, lr, 1.0, CHOICE_SEED))
     if missing or not method.has_h:
-        return first.lr, 1.0, missing
-    others = [Trial(method, first.lr, multiple, CHOICE_SEED) for multiple in MULTIPLES]
-    second, missing = best([first, *others])
-    return second.lr, second.multiple, missing
+        return lr, 1.0, missing
+    return lr, *search(MULTIPLES, lambda multiple: Trial(method, lr, multiple, CHOICE_SEED))
 
 
 def train(task: Task, trial: Trial, steps: int) -> Row:

@@ -17,11 +17,9 @@ class Task(ABC):
     """A frozen model and three parts of one text: to train on, to choose on, to test on."""
 
     name: str
-    unit: str
-    """Of every loss."""
     steps: int
     rates: tuple[float, ...]
-    """Learning rates of A and B to choose from."""
+    """Learning rates of A and B to choose from: the middle three, and outward from the best."""
     rates_of_full: tuple[float, ...]
     """The same for full fine-tuning."""
     targets: list[str] | str
@@ -51,8 +49,8 @@ class Task(ABC):
 
     @abstractmethod
     def loss(self, model: nn.Module, batch: Batch) -> Tensor:
-        """The mean loss of a batch, in ``unit``."""
+        """The mean loss of a batch."""
 
     @abstractmethod
     def evaluate(self, model: nn.Module, part: str) -> float:
-        """The mean loss on the part ``"validation"`` or ``"test"``, in ``unit``."""
+        """The mean loss on the part ``"validation"`` or ``"test"``."""

@@ -29,10 +29,9 @@ class Topics(Task):
     """
 
     name = "topics"
-    unit = "bits per byte"
     steps = 300
-    rates = (0.01, 0.015, 0.022, 0.033)
-    rates_of_full = (0.002, 0.004, 0.008)
+    rates = (0.0067, 0.01, 0.015, 0.022, 0.033)
+    rates_of_full = (0.001, 0.002, 0.004, 0.008, 0.016)
     targets = TARGET_MODULES
 
     def __init__(
