@@ -433,7 +433,6 @@ class PeraLinear(nn.Module):
         replica._switch = Switch(always_off=self._switch.is_off())
         return replica  # type: ignore[no-any-return]
 
-    @torch.no_grad()
     def quadratic_share(self) -> float:
         """‖ΔW_quad‖_F / ‖BA‖_F: how much the products contribute beside plain LoRA; float64 inside.
 
@@ -523,6 +522,7 @@ def is_adapted(layer: nn.Module) -> bool:
     return isinstance(layer, PeraLinear) or hasattr(type(layer), "pera_view")
 
 
+@torch.no_grad()
 def quadratic_share(
     A: torch.Tensor, B: torch.Tensor, h: torch.Tensor | None, terms: Terms
 ) -> float:

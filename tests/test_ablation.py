@@ -73,9 +73,15 @@ def test_what_is_compared():
     assert {key: method.rank for key, method in found.items()} == {
         **{"lora": 2, "full": 2, "square": 2, "cross": 2},
         # 3 coefficients are less than one rank of 8 + 10; K = 5 is less than the width of 8.
-        **{"lora_parameters": 3, "lora_half_more": 3, "lora_expanded": 5},
+        # Half as many ranks again is that rank too, and is not trained twice.
+        **{"lora_parameters": 3, "lora_expanded": 5},
     }
     assert "lora_expanded" not in {method.key for method in runs.methods(Tiny(), 4)}
+    assert [method.rank for method in runs.methods(Tiny(), 4) if method.terms == "linear"] == [
+        4,
+        5,
+        6,
+    ]
     assert [m.key for m in found.values() if m.has_h] == ["full", "square", "cross"]
 
 
@@ -98,15 +104,15 @@ def test_rates_are_chosen_before_results_and_what_has_a_row_is_not_run_again(
     assert program.main(options) == 0
     found = finished(tmp_path)
     assert len({runs.row_key(row) for row in found}) == len(found)
-    # Three rates for each of 8 methods, multiples for 3; two seeds of 7, one of full fine-tuning.
+    # Three rates for each of 7 methods, multiples for 3; two seeds of 6, one of full fine-tuning.
     choices = [row for row in found if row["seed"] == runs.CHOICE_SEED]
-    assert [row["multiple"] for row in choices].count(1.0) == 3 * 8
+    assert [row["multiple"] for row in choices].count(1.0) == 3 * 7
     assert {row["method"] for row in choices if row["multiple"] != 1.0} == {*report.PERA}
-    assert len(found) - len(choices) == 2 * 7 + 1
+    assert len(found) - len(choices) == 2 * 6 + 1
     # A choice never sees the test part, a result sees nothing else.
     assert all(row["validation"] > 0 and "test" not in row for row in choices)
     assert all(row["test"] > 0 and "validation" not in row for row in found if row not in choices)
-    assert Tiny.seen.count("test") == 2 * 7 + 1
+    assert Tiny.seen.count("test") == 2 * 6 + 1
     for row in found:
         if row["seed"] != runs.CHOICE_SEED:
             same = [c for c in choices if (c["method"], c["r"]) == (row["method"], row["r"])]
@@ -140,8 +146,6 @@ def test_a_run_repeats_itself():
     method = runs.methods(Tiny(), 2)[1]
     trial = runs.Trial(method, 0.02, 3.0, 0)
     first, second = runs.train(Tiny(), trial, 5), runs.train(Tiny(), trial, 5)
-    for row in (first, second):
-        del row["step_ms"]
     assert first == second and len(first["shares"]) == 5 and first["shares"][-1] > 0
     assert runs.train(Tiny(), runs.Trial(method, 0.02, 3.0, 1), 5)["curve"] != first["curve"]
 
@@ -201,20 +205,79 @@ def test_differences_are_paired_by_seed():
     assert half == pytest.approx(4.303 * (0.01 / 3 / 3) ** 0.5)
 
 
+def test_a_difference_to_a_run_that_diverged_is_none():
+    found = frame({("lora", 4): [3.0, 2.0, 4.0], ("full", 4): [2.9, math.nan, 3.8]})
+    assert math.isnan(report.difference(found, "full", 4, "test")[0])
+    assert report.shown(*report.difference(found, "full", 4, "test")) == "diverged"
+    # A run that is not there yet is another matter.
+    found = frame({("lora", 4): [3.0, 2.0, 4.0], ("full", 4): [2.9, 1.8]})
+    assert report.shown(*report.difference(found, "full", 4, "test")) == "+0.1500 ± 0.6353"
+
+
 def test_worth_in_ranks():
-    found = frame(
-        {
-            ("lora", 4): [3.0, 3.2],
-            ("lora_parameters", 5): [2.9, 2.9],
-            ("lora_half_more", 6): [2.5, 2.5],
-            ("full", 4): [2.7, 2.7],
-            ("square", 4): [3.0, 3.0],
-            ("cross", 4): [3.3, 3.3],
-        }
+    lora, spread = [3.0, 3.2, 3.1], [0.01, 0.0, -0.01]
+    losses = {
+        ("lora", 4): lora,
+        # No better for sure, so that nothing is measured by it.
+        ("lora_parameters", 5): [2.8, 3.3, 3.1],
+        ("lora_half_more", 6): [loss - 0.4 for loss in lora],
+        ("lora_expanded", 14): [loss - 0.8 for loss in lora],
+        ("full", 4): [loss - 0.5 for loss in lora],
+        ("square", 4): [loss - 0.01 + wide for loss, wide in zip(lora, spread, strict=True)],
+        ("cross", 4): [loss + 0.1 for loss in lora],
+    }
+    found = frame(losses)
+    assert report.worth(found, "full", 4, "test") == pytest.approx((4.0, 4.0, 4.0))
+    most = 2 * (0.01 + 4.303 * 0.01 / 3**0.5) / 0.4
+    assert report.worth(found, "square", 4, "test") == (
+        *(pytest.approx(0.05), None),
+        pytest.approx(most),
     )
-    assert report.worth(found, "full", 4, "test") == pytest.approx(1.5)
-    assert report.worth(found, "square", 4, "test") == pytest.approx(0.5)
-    assert math.isnan(report.worth(found, "cross", 4, "test"))
+    assert report.worth(found, "cross", 4, "test")[0] is None
+    # LoRA is worth nothing, and beyond the largest nothing is known.
+    assert report.worth(found, "lora", 4, "test") == (0.0, 0.0, 0.0)
+    losses["cross", 4] = [loss - 0.79 + wide for loss, wide in zip(lora, spread, strict=True)]
+    assert report.worth(frame(losses), "cross", 4, "test")[2] is None
+    # Where no LoRA is better than that of rank 4, nothing can be said.
+    del losses["lora_half_more", 6], losses["lora_expanded", 14]
+    assert report.in_ranks(*report.worth(frame(losses), "full", 4, "test")) == "–"
+    assert report.in_ranks(1.5, None, 3.0) == "1.5 (0.0 to 3.0)"
+    assert report.in_ranks(1.5, 0.2, None) == "1.5 (0.2 to ?)"
+
+
+def test_a_result_that_diverged_is_told_and_left_out_of_the_plots(tiny, tmp_path, monkeypatch):
+    real = runs.warmup_then_cosine
+    options = ["--ranks", "2", "--seeds", "2", "--out", str(tmp_path)]
+    assert program.main(options) == 0
+    found = finished(tmp_path)
+    # The seed whose spectrum is kept diverges.
+    again = next(row for row in found if (row["method"], row["seed"]) == ("full", 0))
+    monkeypatch.setattr(runs, "WITH_SPECTRUM", {("full", 2)})
+    monkeypatch.setattr(runs, "warmup_then_cosine", lambda *steps: 1e30 * real(*steps))
+    trial = runs.Trial(runs.methods(Tiny(), 2)[1], again["lr"], again["multiple"], 0)
+    lost = rows.rounded(runs.train(Tiny(), trial, 4))
+    assert lost["test"] is None and "spectra" not in lost
+    (tmp_path / "topics.jsonl").unlink()
+    rows.append(tmp_path / "topics.jsonl", *(lost if row is again else row for row in found))
+    assert program.main(["--report", "--out", str(tmp_path)]) == 0
+    assert "| diverged | diverged |" in report.table(tmp_path, "topics").replace("| 2.", "| ")
+
+
+def test_runs_of_other_lengths_are_not_mixed(tiny, tmp_path, capsys):
+    options = ["--ranks", "2", "--seeds", "2", "--out", str(tmp_path)]
+    assert program.main(options) == 0
+    for more, message in (
+        (["--steps", "5"], "has runs of 4 steps, these have 5"),
+        (["--ranks", "8"], "argument --ranks: layers of topics are 8 wide"),
+    ):
+        with pytest.raises(SystemExit) as refusal:
+            program.main([*options, *more])
+        assert refusal.value.code == 2 and message in capsys.readouterr().err
+    with (tmp_path / "topics.jsonl").open("a") as file:
+        file.write('{"task": "top')
+    with pytest.raises(SystemExit):
+        program.main(options)
+    assert "is not a row" in capsys.readouterr().err
 
 
 def test_the_last_choice_counts(tmp_path):
@@ -310,6 +373,7 @@ def test_verses_of_a_chapter_stay_together_and_batches_are_padded():
         (["--task", "images"], "invalid choice: 'images'"),
         (["--report", "--time"], "not allowed with"),
         (["--rates", "--report"], "not allowed with"),
+        (["--rates", "--seeds", "2"], "argument --rates: its settings are fixed"),
         (["--report", "--out", "{tmp}/empty"], "has no results yet"),
         (["--report", "--out", __file__], "argument --out"),
     ],

@@ -70,9 +70,11 @@ def test_squares_are_worth_a_rank_each_where_all_directions_are_equal():
     assert row["error"] == pytest.approx(1 - 6 / 24, abs=0.01)
 
 
-def test_the_program_appends_what_is_missing(tmp_path):
+def test_the_program_appends_what_is_missing(tmp_path, monkeypatch, capsys):
+    quick = [Problem(24, 24, 3, "0.5", terms, 2, (0.1,), 50) for terms in program.TERMS]
+    monkeypatch.setattr(program, "problems", lambda: quick)
     out = tmp_path / "new" / "rows.jsonl"
-    assert program.main(["--quick", "--out", str(out)]) == 0
+    assert program.main(["--out", str(out)]) == 0
     whole = out.read_text()
     lines = whole.splitlines()
     assert [json.loads(line)["terms"] for line in lines] == [
@@ -80,10 +82,20 @@ def test_the_program_appends_what_is_missing(tmp_path):
     ]
     # Two rows of the second problem are gone.
     out.write_text("\n".join(lines[:2] + lines[4:]) + "\n")
-    assert program.main(["--quick", "--out", str(out)]) == 0
+    assert program.main(["--out", str(out)]) == 0
     assert sorted(out.read_text().splitlines()) == sorted(lines)
-    assert program.main(["--quick", "--out", str(out)]) == 0
+    assert program.main(["--out", str(out)]) == 0
     assert len(out.read_text().splitlines()) == len(lines)
+    # A line whose writing was interrupted, a folder, and options that do not go together.
+    out.write_text(lines[0][:20])
+    for options, message in (
+        (["--out", str(out)], "line 1, is not a row"),
+        (["--out", str(tmp_path)], "Is a directory"),
+        (["--check", "--out", str(out)], "not allowed with"),
+    ):
+        with pytest.raises(SystemExit) as refusal:
+            program.main(options)
+        assert refusal.value.code == 2 and message in capsys.readouterr().err
 
 
 def test_the_rows_are_those_that_the_program_makes(rows):

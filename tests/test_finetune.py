@@ -115,10 +115,10 @@ def test_methods_start_from_the_same_factors_and_count_their_parameters():
 
 def test_matching_rank_can_need_more_than_one_extra_rank():
     # Coefficients beyond one rank's worth: 10 layers with R (R + 1) / 2 each.
-    model = small_model()
+    shapes = 2 * [*3 * [(32, 32)], *2 * [(32, 128)]]
     per_rank = 2 * (3 * 64 + 2 * 160)
     for rank in (8, 16, 30):
-        matched = train.matching_linear_rank(model, rank)
+        matched = train.matched_rank(shapes, rank)
         target = rank * per_rank + 10 * rank * (rank + 1) // 2
         assert matched * per_rank >= target > (matched - 1) * per_rank
 
@@ -165,10 +165,10 @@ def test_program_writes_results_adapters_plot_and_markdown(tmp_path, small_corpo
     capsys.readouterr()
     assert report.main([str(tmp_path / "results.json"), "--markdown"]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert lines[1] == "|---|" + "---:|" * (len(report.COLUMNS) - 1)
+    assert lines[1] == "| --- |" + " ---: |" * (len(report.COLUMNS) - 1)
     table = [line.split(" | ") for line in lines if line.startswith("| ")]
-    assert [len(row) for row in table] == [len(report.COLUMNS)] * 5
-    assert table[1][4] == f"{results['methods'][0]['metrics']['held_out_bits_per_byte']:.4f}"
+    assert [len(row) for row in table] == [len(report.COLUMNS)] * 6
+    assert table[2][4] == f"{results['methods'][0]['metrics']['held_out_bits_per_byte']:.4f}"
 
 
 def test_same_seed_same_results(tmp_path, small_corpora):
@@ -253,11 +253,22 @@ def test_the_rank_at_which_a_loss_is_reached():
     points = [(4, 3.0), (5, 2.0), (8, 1.4), (10, 1.6)]
     assert [report.crossing(points, level) for level in (3.0, 2.5, 1.7)] == [4, 4.5, 6.5]
     assert report.crossing(points, 3.1) is report.crossing(points, 1.3) is None
-    assert report.crossing([(2, 1.0), (3, 1.0)], 1.0) == 2
+    # What is no better than a smaller rank tells nothing.
+    noisy = [(16, 2.0), (17, 2.1), (20, 2.0), (24, 1.8)]
+    assert [report.crossing(noisy, level) for level in (2.05, 2.0, 1.9)] == [
+        *(None, 16),
+        pytest.approx(20),
+    ]
 
 
 def test_report_refuses_what_it_cannot_read(tmp_path, capsys):
-    (tmp_path / "results.json").write_text("{")
-    assert report.main([str(tmp_path / "results.json")]) == 2
-    assert report.main([str(tmp_path / "missing.json")]) == 2
-    assert capsys.readouterr().err.count("\n") == 2
+    for text, message in (("{", "cannot read"), ("{}", "no result of"), ("[]", "no result of")):
+        (tmp_path / "results.json").write_text(text)
+        for options in ([], ["--markdown"]):
+            with pytest.raises(SystemExit) as refusal:
+                report.main([str(tmp_path / "results.json"), *options])
+            error = capsys.readouterr().err
+            assert refusal.value.code == 2 and message in error and error.count("\n") == 1
+    with pytest.raises(SystemExit):
+        report.main([str(tmp_path / "missing.json")])
+    assert "missing.json: [Errno" in capsys.readouterr().err

@@ -50,7 +50,17 @@ def test_program(tmp_path, capsys, monkeypatch):
     assert len({own["off_diagonal"] for own in found.values()}) == 3
     assert (tmp_path / "interactions.png").read_bytes().startswith(b"\x89PNG")
     assert "PERA full" in capsys.readouterr().out
-    with pytest.raises(SystemExit) as refusal:
-        interactions.main([str(tmp_path / "missing")])
-    assert refusal.value.code == 2
-    assert capsys.readouterr().err.count("\n") == 1
+    (tmp_path / "junk").mkdir()
+    (tmp_path / "junk" / "base.pt").write_bytes(b"not a model")
+    (tmp_path / "other").mkdir()
+    torch.save({"weight": torch.ones(2)}, tmp_path / "other" / "base.pt")
+    for options, message in (
+        ([str(tmp_path / "missing")], "No such file"),
+        ([str(tmp_path / "junk")], "is no model of the fine-tune"),
+        ([str(tmp_path / "other")], "is no model of the fine-tune"),
+        ([str(tmp_path), "--samples", "5000"], "5000 windows, and the text has"),
+    ):
+        with pytest.raises(SystemExit) as refusal:
+            interactions.main(options)
+        error = capsys.readouterr().err
+        assert refusal.value.code == 2 and message in error and error.count("\n") == 1

@@ -12,6 +12,7 @@ import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
@@ -20,9 +21,10 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import pera_kernels as pk
+from pera_kernels.cli.arguments import Parser
 from tools import documents
 from tools.finetune import data
-from tools.finetune.__main__ import OneLineParser, whole_number
+from tools.finetune.__main__ import whole_number
 from tools.finetune.model import ByteTransformer
 
 __all__ = ["log_probability", "strength", "table"]
@@ -61,13 +63,26 @@ def log_probability(
 
 
 def measured(folder: Path, samples: int) -> dict[str, Tensor]:
-    """The matrix of the base and of both adapters, on windows of the held-out text."""
+    """The matrix of the base and of both adapters, on windows of the held-out text.
+
+    Raises:
+        OSError, ValueError: a file is missing or not what it should be, or so many windows are not
+            there.
+    """
     text = data.as_tokens(data.load_corpora().held_out)
     windows = data.consecutive_windows(text, CONTEXT, samples)
+    if len(windows) < samples:
+        raise ValueError(f"argument --samples: {samples} windows, and the text has {len(windows)}")
     found = {}
     for name, adapter in ADAPTERS.items():
         model = ByteTransformer()
-        model.load_state_dict(torch.load(folder / "base.pt", weights_only=True))
+        try:
+            model.load_state_dict(torch.load(folder / "base.pt", weights_only=True))
+        except (KeyError, RuntimeError, UnpicklingError) as error:
+            reason = str(error).splitlines()[0]
+            raise ValueError(
+                f"{folder / 'base.pt'} is no model of the fine-tune: {reason}"
+            ) from error
         if adapter is not None:
             pk.load_adapter(model, folder / adapter)
         model.requires_grad_(False).eval()
@@ -116,7 +131,7 @@ def draw(found: dict[str, Tensor], path: Path) -> None:
 
 def main(arguments: list[str] | None = None) -> int:
     """The exit status: 0, 2 for bad use."""
-    parser = OneLineParser(
+    parser = Parser(
         prog="python -m tools.interactions",
         description="The interaction matrix (Eq. 12, Figure 5) of what tools.finetune left in\n"
         "FOLDER, before and after LoRA and PERA: interactions.png and interactions.json there.",
@@ -129,7 +144,7 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         found = measured(options.folder, options.samples)
     except (OSError, ValueError) as error:
-        parser.error(f"argument FOLDER: {error}")
+        parser.error(str(error))
     draw(found, options.folder / "interactions.png")
     means = {
         name: {"off_diagonal": off_diagonal(m), "diagonal": float(m.diagonal().mean())}

@@ -7,13 +7,30 @@ import math
 from pathlib import Path
 from typing import Any
 
-__all__ = ["append", "read", "rounded"]
+__all__ = ["RowsError", "append", "read", "rounded"]
+
+
+class RowsError(ValueError):
+    """Rows that cannot be used."""
 
 
 def read(path: Path) -> list[dict[str, Any]]:
-    """The rows of a file, which need not exist."""
+    """The rows of a file, which need not exist.
+
+    Raises:
+        RowsError: a line is not JSON, such as one whose writing was interrupted.
+    """
     text = path.read_text(encoding="utf-8") if path.exists() else ""
-    return [json.loads(line) for line in text.splitlines() if line]
+    found = []
+    for number, line in enumerate(text.splitlines(), start=1):
+        try:
+            found.append(json.loads(line))
+        except ValueError as error:
+            raise RowsError(
+                f"{path}, line {number}, is not a row ({error}); without the line the run that it "
+                "was of is done again"
+            ) from error
+    return found
 
 
 def append(path: Path, *rows: dict[str, Any]) -> None:

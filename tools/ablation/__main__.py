@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
 
+from pera_kernels.cli.arguments import Parser
 from tools import rows
 from tools.ablation import rates, report, timing
 from tools.ablation.runs import CHOICE_SEED, Row, remaining, train
 from tools.ablation.task import Task
 from tools.ablation.topics import Topics
 from tools.ablation.verses import Verses
-from tools.finetune.__main__ import OneLineParser, whole_number
+from tools.finetune.__main__ import whole_number
 
 TASKS: dict[str, Callable[[Path], Task]] = {"topics": Topics, "verses": Verses}
 EXAMPLES = """
@@ -36,8 +37,8 @@ def seeds(text: str) -> int:
     return count
 
 
-def build_parser() -> OneLineParser:
-    parser = OneLineParser(
+def build_parser() -> Parser:
+    parser = Parser(
         prog="python -m tools.ablation",
         description="Compare LoRA and PERA's terms on two tasks. Learning rates are chosen for\n"
         "each method by the validation loss of one seed; other seeds give the results. Every run\n"
@@ -66,6 +67,19 @@ def read_all(folder: Path) -> list[Row]:
     return [row for name in TASKS for row in rows.read(folder / f"{name}.jsonl")]
 
 
+def compare(task: Task, ranks: Sequence[int], seeds: int, steps: int | None, out: Path) -> None:
+    """Run what the task's file has no row of.
+
+    Raises:
+        RowsError: its rows are of another number of steps.
+    """
+    file, steps = out / f"{task.name}.jsonl", steps or task.steps
+    if others := {row["steps"] for row in rows.read(file)} - {steps}:
+        raise rows.RowsError(f"{file} has runs of {others.pop()} steps, these have {steps}")
+    while trial := next(remaining(task, rows.read(file), ranks, seeds), None):
+        rows.append(file, train(task, trial, steps))
+
+
 def main(arguments: list[str] | None = None) -> int:
     """The exit status: 0, 1 where a task's packages are missing, 2 for bad options, 130 after an
     interrupt.
@@ -73,29 +87,31 @@ def main(arguments: list[str] | None = None) -> int:
     parser = build_parser()
     options = parser.parse_args(arguments)
     out: Path = options.out
+    own = ("task", "ranks", "seeds", "steps")
+    if options.rates and any(getattr(options, n) != parser.get_default(n) for n in own):
+        parser.error(
+            "argument --rates: its settings are fixed: no --task, --ranks, --seeds, --steps"
+        )
     try:
-        out.mkdir(parents=True, exist_ok=True)
         torch.set_num_threads(options.threads)
         if options.rates:
             rates.measure(out)
         elif not options.report:
             for name in options.task or TASKS:
                 task = TASKS[name](out / "cache")
-                steps = options.steps or task.steps
-                file = out / f"{name}.jsonl"
+                if max(options.ranks) >= task.width:
+                    parser.error(f"argument --ranks: layers of {name} are {task.width} wide")
                 if options.time:
                     timing.measure(task, options.ranks, out / "times.jsonl")
-                    continue
-                while trial := next(
-                    remaining(task, rows.read(file), options.ranks, options.seeds), None
-                ):
-                    rows.append(file, train(task, trial, steps))
-        if not any(row["seed"] != CHOICE_SEED for row in read_all(out)):
+                else:
+                    compare(task, options.ranks, options.seeds, options.steps, out)
+        if any(row["seed"] != CHOICE_SEED for row in read_all(out)):
+            report.write(out)
+        elif options.report:
             parser.error(f"argument --out: {out} has no results yet")
-        report.write(out)
     except ImportError as error:
         parser.exit(1, f"{parser.prog}: error: {error}\n")
-    except OSError as error:
+    except (OSError, rows.RowsError) as error:
         parser.error(f"argument --out: {error}")
     except KeyboardInterrupt:
         print(f"\nInterrupted: {out} has what was run; the same command goes on", file=sys.stderr)

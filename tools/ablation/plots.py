@@ -19,6 +19,8 @@ COLOURS = {"lora": "C0", "full": "C3", "square": "C1", "cross": "C2", "full_fine
 
 def draw(runs: pd.DataFrame, folder: Path, task: str) -> None:
     """``TASK-curves.svg``, ``TASK-ranks.svg`` and ``TASK-spectra.svg``, where there are runs."""
+    # A run that diverged has no whole curve; the table names it.
+    runs = runs[runs["test"].notna()] if len(runs) else runs
     if not len(runs):
         return
     present = sorted(runs.loc[runs["method"].isin(COLOURS) & (runs["r"] > 0), "r"].unique())

@@ -52,25 +52,34 @@ def mean(values: pd.Series, digits: int = 4) -> str:
 
 def difference(runs: pd.DataFrame, method: str, r: int, loss: str) -> tuple[float, float]:
     """The mean of LoRA's loss less the method's, seed by seed at one rank, and the half width of
-    its 95 % interval (Student's t).
+    its 95 % interval (Student's t); NaN where one of the runs diverged.
     """
-    by_seed = {
-        key: own.set_index("seed")[loss] for key, own in runs[runs["r"] == r].groupby("method")
-    }
-    gains = (by_seed["lora"] - by_seed[method]).dropna()
+    own = runs[runs["r"] == r].pivot(index="seed", columns="method", values=loss)
+    both = own.loc[runs.loc[(runs["r"] == r) & (runs["method"] == method), "seed"]]
+    gains = both["lora"] - both[method]
     half = STUDENT[len(gains) - 2] * gains.sem() if len(gains) > 1 else math.nan
-    return float(gains.mean()), float(half)
+    return float(gains.mean(skipna=False)), float(half)
 
 
-def worth(runs: pd.DataFrame, method: str, r: int, loss: str) -> float:
-    """How many more ranks LoRA needs for the method's mean loss: by straight lines between the
-    ranks that were trained; NaN outside of them.
+def shown(gain: float, half: float) -> str:
+    """A difference with its interval."""
+    return "diverged" if math.isnan(gain) else f"{gain:+.4f} ± {half:.4f}"
+
+
+def worth(runs: pd.DataFrame, method: str, r: int, loss: str) -> tuple[float | None, ...]:
+    """How many more ranks of LoRA gain as much, and as much as the ends of the gain's interval: by
+    straight lines through 0 at rank r and the LoRAs whose gain is above its own interval. None
+    outside of these.
     """
-    own = runs[runs["r"] == r]
-    lora = own[own["method"].str.startswith("lora")].groupby("rank")[loss].mean().sort_index()
-    reached = own[own["method"] == method][loss].mean()
-    found = crossing(list(lora.items()), reached)
-    return math.nan if found is None else found - r
+    lines = [(float(r), 0.0)]
+    lora = runs[(runs["r"] == r) & runs["method"].str.startswith("lora_")]
+    for key, own in sorted(lora.groupby("method"), key=lambda part: part[1]["rank"].iloc[0]):
+        gain, half = difference(runs, key, r, loss)
+        if gain > half:
+            lines.append((float(own["rank"].iloc[0]), -gain))
+    gain, half = difference(runs, method, r, loss)
+    found = (crossing(lines, -reached) for reached in (gain, gain - half, gain + half))
+    return tuple(None if rank is None else rank - r for rank in found)
 
 
 def table(folder: Path, task: str) -> str:
@@ -90,8 +99,7 @@ def table(folder: Path, task: str) -> str:
         share = own["shares"].map(lambda shares: shares[-1] if shares else math.nan).mean()
         gains = ["", ""]
         if key not in ("lora", FULL.key):
-            both = (difference(runs, key, r, loss) for loss in ("test", "training"))
-            gains = [f"{gain:+.4f} ± {half:.4f}" for gain, half in both]
+            gains = [shown(*difference(runs, key, r, loss)) for loss in ("test", "training")]
         lines.append(
             [
                 LABELS[key],
@@ -119,11 +127,17 @@ def worths(folder: Path) -> str:
                 own = runs[(runs["r"] == r) & (runs["method"] == key)]
                 if not len(own):
                     continue
-                found = [worth(runs, key, r, loss) for loss in ("training", "test")]
-                shown = ["outside" if math.isnan(ranks) else f"{ranks:+.1f}" for ranks in found]
-                lines.append([task, LABELS[key], r, *shown, predicted(runs, key, r)])
+                found = [in_ranks(*worth(runs, key, r, loss)) for loss in ("training", "test")]
+                lines.append([task, LABELS[key], r, *found, predicted(runs, key, r)])
     head = ["task", "method", "r", "by training loss", "by test loss", "by the spectrum"]
     return documents.table(head, lines, 2)
+
+
+def in_ranks(ranks: float | None, least: float | None, most: float | None) -> str:
+    """A worth with its interval, which begins at nothing and may have no end."""
+    if ranks is None:
+        return "–"
+    return f"{ranks:.1f} ({least or 0.0:.1f} to {'?' if most is None else f'{most:.1f}'})"
 
 
 def predicted(runs: pd.DataFrame, method: str, r: int) -> str:
@@ -137,7 +151,7 @@ def predicted(runs: pd.DataFrame, method: str, r: int) -> str:
         capacity.worth(sigma, int(r), method, tuple(shape))  # type: ignore[arg-type]
         for sigma, shape in layers
     )
-    return f"{ranks:+.1f}"
+    return f"{ranks:.1f}"
 
 
 def rates(folder: Path) -> str:
@@ -178,14 +192,13 @@ def summary(folder: Path) -> str:
             base = runs[(runs["r"] == r) & (runs["method"] == "lora")]
             if not len(own):
                 continue
-            gain, half = difference(runs, key, r, "test")
             more = own["parameters"].iloc[0] / base["parameters"].iloc[0] - 1
             time = times[key, r] / times["lora", r] if (key, r) in times else None
             lines.append(
                 [
                     f"{task}, r = {r}",
                     LABELS[key],
-                    f"{gain:+.4f} ± {half:.4f}",
+                    shown(*difference(runs, key, r, "test")),
                     f"{more:+.1%}",
                     "" if time is None else f"{time:.2f} ×",
                 ]

@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 import math
 import statistics
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -18,7 +17,7 @@ import pera_kernels as pk
 from pera_kernels.cli import describe
 from pera_kernels.terms import coefficient_count, expanded_rank
 from tools.ablation.task import Task
-from tools.finetune.train import warmup_then_cosine
+from tools.finetune.train import matched_rank, warmup_then_cosine
 
 __all__ = ["FULL", "LABELS", "Method", "Row", "Trial", "methods", "remaining", "train"]
 
@@ -83,18 +82,18 @@ FULL = Method("full_fine_tuning", 0, None, 0)
 def methods(task: Task, r: int) -> list[Method]:
     """What is compared at rank r: LoRA in several sizes, and PERA's three terms."""
     shapes = [layer.weight.shape for layer in adapted(task, r=1, terms="linear")[1].values()]
-    coefficients = len(shapes) * coefficient_count(r, "full")
-    more = math.ceil(coefficients / sum(m + n for m, n in shapes))
     found = [
         Method("lora", r, "linear", r),
         Method("full", r, "full", r),
         Method("square", r, "square", r),
         Method("cross", r, "cross", r),
-        Method("lora_parameters", r, "linear", r + more),
-        Method("lora_half_more", r, "linear", r + r // 2),
+        Method("lora_parameters", r, "linear", matched_rank(shapes, r)),
+        Method("lora_half_more", r, "linear", math.ceil(1.5 * r)),
         Method("lora_expanded", r, "linear", expanded_rank(r)),
     ]
-    return [method for method in found if method.rank < task.width]
+    # At the smallest ranks two of the LoRAs are one.
+    distinct = {(method.terms, method.rank): method for method in reversed(found)}
+    return [m for m in found if m.rank < task.width and distinct[m.terms, m.rank] is m]
 
 
 def adapted(task: Task, **options: Any) -> tuple[nn.Module, dict[str, pk.PeraLinear]]:
@@ -178,7 +177,8 @@ def train(task: Task, trial: Trial, steps: int) -> Row:
     optimizer = torch.optim.AdamW(task.rated(groups, trial.multiple), weight_decay=0.0)
     row |= fit(task, model, list(layers.values()), optimizer, steps, trial.seed, label)
     row[part] = task.evaluate(model, part)
-    if trial.seed == 0 and (method.key, method.r) in WITH_SPECTRUM:
+    kept = trial.seed == 0 and (method.key, method.r) in WITH_SPECTRUM
+    if kept and math.isfinite(row[part]):
         with torch.no_grad():
             if method.terms is None:
                 updates = [weight - old for weight, old in zip(weights, start, strict=True)]
@@ -207,16 +207,13 @@ def fit(
     )
     losses: list[float] = []
     shares: list[float] = []
-    times: list[float] = []
     fifths = {round(steps * n / 5) for n in range(1, 6)}
     batches = itertools.islice(task.batches(seed), steps)
     for step, batch in enumerate(tqdm(batches, desc=label, total=steps, disable=None), start=1):
-        started = time.perf_counter()
         loss = task.loss(model, batch)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-        times.append(time.perf_counter() - started)
         schedule.step()
         losses.append(loss.item())
         if not math.isfinite(losses[-1]):
@@ -226,7 +223,6 @@ def fit(
     return {
         "steps": steps,
         "parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
-        "step_ms": 1000 * statistics.median(times),
         "curve": [statistics.fmean(part) for part in parts(losses)],
         "training": statistics.fmean(losses[-max(1, steps // 3) :]),
         "shares": shares,

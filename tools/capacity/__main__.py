@@ -2,7 +2,6 @@
 
 python -m tools.capacity            what benchmarks/results/capacity/rows.jsonl lacks: all of it
                                     takes about 40 minutes of one core, and can be interrupted
-python -m tools.capacity --quick    a few tiny fits, to see that it works
 python -m tools.capacity --report   docs/capacity.md and its plots, from the rows
 python -m tools.capacity --check    exit status 1 if the page would change
 """
@@ -20,6 +19,7 @@ from typing import Any
 
 import torch
 
+from pera_kernels.cli.arguments import Parser
 from pera_kernels.cli.tables import progress
 from pera_kernels.terms import Terms
 
@@ -51,9 +51,6 @@ def problems() -> Iterator[Problem]:
         yield Problem(1024, 1024, 16, spectrum, "full", 1, (0.1,))
 
 
-QUICK = [Problem(24, 24, 3, "0.5", terms, 2, (0.1,), 50) for terms in TERMS]
-
-
 def key(row: dict[str, Any]) -> tuple[Any, ...]:
     return tuple(row[name] for name in (*report.CELL, "steps"))
 
@@ -67,21 +64,24 @@ def measure(wanted: Sequence[Problem], path: Path) -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m tools.capacity",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--quick", action="store_true", help="a few tiny fits")
-    parser.add_argument("--out", type=Path, default=report.ROWS, help="where rows are appended")
-    parser.add_argument("--report", action="store_true", help="write the page and the plots")
-    parser.add_argument("--check", action="store_true", help="say if the page is out of date")
+    kind = parser.add_mutually_exclusive_group().add_argument
+    kind("--out", type=Path, default=report.ROWS, metavar="FILE", help="where rows are appended")
+    kind("--report", action="store_true", help="write the page and the plots")
+    kind("--check", action="store_true", help="say if the page is out of date")
     given = parser.parse_args(arguments)
-    if given.report or given.check:
-        if not given.check:
-            report.draw()
-        return write(report.documents(), "tools.capacity --report", check=given.check)
-    measure(QUICK if given.quick else list(problems()), given.out)
+    try:
+        if given.report or given.check:
+            if not given.check:
+                report.draw()
+            return write(report.documents(), "tools.capacity --report", check=given.check)
+        measure(list(problems()), given.out)
+    except (OSError, rows.RowsError) as error:
+        parser.error(f"argument --out: {error}")
     return 0
 
 

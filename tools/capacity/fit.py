@@ -116,12 +116,12 @@ def fit(problem: Problem) -> list[dict[str, Any]]:
             {
                 **{"m": m, "n": n, "r": r, "spectrum": problem.spectrum, "terms": terms},
                 **{"seed": seed, "steps": problem.steps},
-                "error": _rounded(error[best]),
-                "worth": _rounded(extra_ranks(float(error[best]), sigma, r)),
+                "error": float(error[best]),
+                "worth": extra_ranks(float(error[best]), sigma, r),
                 # ‖ΔW - BA‖ / ‖BA‖
-                "share": _rounded(share[best]),
-                **{name: [_rounded(q) for q in own[best]] for name, own in sizes.items()},
-                "worths": [_rounded(extra_ranks(float(e), sigma, r)) for e in error[mine]],
+                "share": float(share[best]),
+                **{name: own[best] for name, own in sizes.items()},
+                "worths": [extra_ranks(float(e), sigma, r) for e in error[mine]],
             }
         )
     return rows
@@ -168,10 +168,6 @@ def _sizes(A: torch.Tensor, B: torch.Tensor, h: torch.Tensor, terms: Terms) -> A
     units = {"h_layer": h * layer[:, None], "h_pair": h * pairs}
     at = torch.tensor([0.1, 0.5, 0.9])
     return {name: own.abs().quantile(at, -1).T.tolist() for name, own in units.items()}
-
-
-def _rounded(number: Any) -> float:
-    return float(f"{float(number):.5g}")
 
 
 def _energy(matrices: torch.Tensor) -> torch.Tensor:

@@ -12,6 +12,7 @@ from typing import Any, NoReturn
 
 import torch
 
+from pera_kernels.cli.arguments import Parser
 from tools.finetune.data import CorpusError, load_corpora
 from tools.finetune.job import Job
 from tools.finetune.report import print_report
@@ -25,13 +26,6 @@ examples:
   python -m tools.finetune --steps 20 --pretrain-steps 20 --out quick
   python -m tools.finetune.report finetune_out/results.json --markdown
 """
-
-
-class OneLineParser(argparse.ArgumentParser):
-    """Says what is wrong in one line, without the usage."""
-
-    def error(self, message: str) -> NoReturn:
-        self.exit(2, f"{self.prog}: error: {message}\n")
 
 
 def whole_number(minimum: int) -> Callable[[str], int]:
@@ -79,8 +73,8 @@ def device_name(text: str) -> torch.device:
     return device
 
 
-def build_parser() -> OneLineParser:
-    parser = OneLineParser(
+def build_parser() -> Parser:
+    parser = Parser(
         prog="python -m tools.finetune",
         description="Train a small byte-level transformer on the source of Python's standard\n"
         "library, freeze it, adapt it to the English of Python's help topics with LoRA and\n"

@@ -1,6 +1,5 @@
 """The table, the plot and the JSON of one job; as a program, the table of an earlier one."""
 
-import argparse
 import json
 import math
 import sys
@@ -11,6 +10,9 @@ from typing import Any
 
 from rich.console import Console
 from rich.table import Table
+
+from pera_kernels.cli.arguments import Parser
+from tools import documents
 
 COLUMNS = [
     "method",
@@ -82,11 +84,16 @@ def equal_rank(lora: Sequence[Metrics], metrics: Metrics) -> float | None:
 
 
 def crossing(points: Sequence[tuple[float, float]], level: float) -> float | None:
-    """Where lines through the points (place, value) first fall to the level; None if nowhere."""
-    for (left, above), (right, below) in pairwise(points):
+    """Where lines through the points (rank, loss) fall to the level; None if it is above the first
+    or below all. A rank that is no better than a smaller one is left out.
+    """
+    kept = list(points[:1])
+    for point in points[1:]:
+        if point[1] < kept[-1][1]:
+            kept.append(point)
+    for (left, above), (right, below) in pairwise(kept):
         if below <= level <= above:
-            fallen = (above - level) / (above - below) if above > below else 0.0
-            return left + fallen * (right - left)
+            return left + (above - level) / (above - below) * (right - left)
     return None
 
 
@@ -137,9 +144,8 @@ def rich_table(results: Results) -> Table:
 
 def markdown_table(results: Results) -> str:
     """The table and its notes as GitHub markdown."""
-    lines = ["| " + " | ".join(COLUMNS) + " |", "|---|" + "---:|" * (len(COLUMNS) - 1)]
-    lines += ["| " + " | ".join(row) + " |" for row in table_rows(results)]
-    return "\n".join([*lines, "", *(f"- {note}" for note in notes(results))])
+    table = documents.table(COLUMNS, table_rows(results))
+    return "\n".join([table, "", *(f"- {note}" for note in notes(results))])
 
 
 def print_report(results: Results) -> None:
@@ -184,7 +190,7 @@ def moving_average(values: list[float], window: int) -> list[float]:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m tools.finetune.report",
         description="Print the table of an earlier job from its results.json.",
     )
@@ -193,13 +199,14 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     try:
         results = json.loads(options.results.read_text())
+        if options.markdown:
+            print(markdown_table(results))
+        else:
+            print_report(results)
     except (OSError, ValueError) as error:
-        print(f"{parser.prog}: error: cannot read {options.results}: {error}", file=sys.stderr)
-        return 2
-    if options.markdown:
-        print(markdown_table(results))
-    else:
-        print_report(results)
+        parser.error(f"cannot read {options.results}: {error}")
+    except (KeyError, TypeError) as error:
+        parser.error(f"{options.results} is no result of tools.finetune: {error!r}")
     return 0
 
 

@@ -3,6 +3,7 @@
 import copy
 import math
 import statistics
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 import pera_kernels as pk
+from pera_kernels.terms import coefficient_count
 from tools.finetune.data import consecutive_windows, random_batch
 from tools.finetune.measure import bits_per_byte, merge_check, now, peak_memory
 from tools.finetune.model import TARGET_MODULES, ByteTransformer
@@ -69,11 +71,16 @@ class Run:
 def methods_to_compare(settings: Settings, model: nn.Module) -> list[Method]:
     """The methods that `settings.terms` asks for, all to start from the same `model`."""
     rank = settings.rank
-    matched = matching_linear_rank(model, rank)
+    shapes = [
+        module.weight.shape
+        for name, module in model.named_modules()
+        if name.rpartition(".")[2] in TARGET_MODULES and isinstance(module, nn.Linear)
+    ]
+    matched = matched_rank(shapes, rank)
     methods = [
         Method("lora", "LoRA", "linear", rank),
         Method("lora_matched", "LoRA, no fewer parameters", "linear", matched),
-        Method("lora_half_more", "LoRA, half as many ranks again", "linear", -(-3 * rank // 2)),
+        Method("lora_half_more", "LoRA, half as many ranks again", "linear", math.ceil(1.5 * rank)),
         Method("pera_square", "PERA square-only", "square", rank),
         Method("pera_cross", "PERA cross-only", "cross", rank),
         Method("pera_full", "PERA full", "full", rank),
@@ -88,16 +95,12 @@ def methods_to_compare(settings: Settings, model: nn.Module) -> list[Method]:
     ]
 
 
-def matching_linear_rank(model: nn.Module, rank: int) -> int:
-    """The smallest LoRA rank with at least the trainable parameters of full PERA at `rank`."""
-    layers = [
-        module
-        for name, module in model.named_modules()
-        if name.rpartition(".")[2] in TARGET_MODULES and isinstance(module, nn.Linear)
-    ]
-    per_rank = sum(layer.in_features + layer.out_features for layer in layers)
-    coefficients = len(layers) * rank * (rank + 1) // 2
-    return rank + math.ceil(coefficients / per_rank)
+def matched_rank(shapes: Sequence[Sequence[int]], rank: int) -> int:
+    """The smallest LoRA rank with at least the parameters of full PERA at `rank`, over layers of
+    these shapes (output, input features).
+    """
+    coefficients = len(shapes) * coefficient_count(rank, "full")
+    return rank + math.ceil(coefficients / sum(m + n for m, n in shapes))
 
 
 def fit(
