@@ -1,5 +1,7 @@
 """The ablation on a task that takes milliseconds: what runs, what is chosen, what is said of it."""
 
+import copy
+import itertools
 import json
 import math
 
@@ -13,13 +15,14 @@ pytest.importorskip("tqdm", reason="the tools need tqdm")
 pytest.importorskip("rich", reason="the tools need rich")
 
 import pandas as pd
+from matplotlib.figure import Figure
 
 import pera_kernels as pk
 from tools import rows
 from tools.ablation import __main__ as program
-from tools.ablation import rates, report, runs, timing, verses
+from tools.ablation import plots, rates, report, runs, timing, topics, verses
 from tools.ablation.task import Task
-from tools.ablation.topics import topic_parts
+from tools.finetune.model import ByteTransformer
 
 
 class Tiny(Task):
@@ -35,11 +38,13 @@ class Tiny(Task):
 
     def __init__(self, cache=None, width=8):
         self.width = width
+        with torch.random.fork_rng():
+            torch.manual_seed(7)
+            self.frozen = nn.Linear(8, 10).requires_grad_(False)
 
     def model(self):
-        torch.manual_seed(7)
-        frozen = nn.Linear(8, 10).requires_grad_(False)
-        return nn.Sequential(frozen, nn.Linear(10, 2))
+        # What trains beside the adapters is made from the global seed.
+        return nn.Sequential(copy.deepcopy(self.frozen), nn.Linear(10, 2))
 
     def batches(self, seed):
         generator = torch.Generator().manual_seed(seed)
@@ -148,6 +153,10 @@ def test_a_run_repeats_itself():
     first, second = runs.train(Tiny(), trial, 5), runs.train(Tiny(), trial, 5)
     assert first == second and len(first["shares"]) == 5 and first["shares"][-1] > 0
     assert runs.train(Tiny(), runs.Trial(method, 0.02, 3.0, 1), 5)["curve"] != first["curve"]
+    # The training loss is the mean of the last third; here it falls.
+    (loss,) = {runs.train(Tiny(), trial, 6)["training"]}
+    curve = runs.train(Tiny(), trial, 6)["curve"]
+    assert loss == pytest.approx(sum(curve[-2:]) / 2) and loss != pytest.approx(sum(curve) / 6)
 
 
 def test_a_run_that_diverges_is_never_chosen():
@@ -348,7 +357,7 @@ def test_normalised_steps_are_those_of_the_coefficients_of_normalised_products()
 
 
 def test_no_paragraph_is_in_two_parts():
-    parts = {name: set(text.split(b"\n\n")) for name, text in topic_parts().items()}
+    parts = {name: set(text.split(b"\n\n")) for name, text in topics.topic_parts().items()}
     assert len(parts["training"]) > 5 * len(parts["validation"]) > 50
     assert parts["training"].isdisjoint(parts["validation"] | parts["test"])
     assert parts["validation"].isdisjoint(parts["test"])
@@ -362,6 +371,72 @@ def test_verses_of_a_chapter_stay_together_and_batches_are_padded():
     tokens, mask, books = verses.padded([([5, 6, 7], 2), ([8], 65)])
     assert tokens.tolist() == [[5, 6, 7], [8, 0, 0]] and mask.tolist() == [[1, 1, 1], [1, 0, 0]]
     assert books.tolist() == [2, 65]
+
+
+def test_topics_trains_on_the_training_part_and_evaluates_the_one_it_is_told():
+    task = object.__new__(topics.Topics)
+    task.base, task.batch = ByteTransformer(context=16, width=32, layers=1, heads=2), 2
+    values = {"training": 1, "validation": 2, "test": 3}
+    task.parts = {part: torch.full((200,), value) for part, value in values.items()}
+    for seed in (0, 1):
+        for batch in itertools.islice(task.batches(seed), 3):
+            assert all((part == 1).all() for part in batch)
+    assert all((task.windows(part) == value).all() for part, value in values.items())
+    seen = []
+    task.base.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].unique().tolist()))
+    for part, value in values.items():
+        assert task.evaluate(task.base, part) > 0
+        assert seen.pop() == [value]
+
+
+def test_verses_trains_on_the_training_part_and_evaluates_the_one_it_is_told():
+    task = object.__new__(verses.Verses)
+    task.batch = 2
+    values = {"training": 1, "validation": 2, "test": 3}
+    count = 2 * verses.POOL
+    task.parts = {
+        part: [([value] * (1 + n % 5), 0)] * count for n, (part, value) in enumerate(values.items())
+    }
+    for tokens, mask, _ in itertools.islice(task.batches(0), 2 * verses.POOL):
+        assert (tokens[mask == 1] == 1).all() and len(tokens) == 2
+    orders = [list(itertools.islice(task.batches(seed), 3)) for seed in (0, 0)]
+    for one, other in zip(*orders, strict=True):
+        assert all(map(torch.equal, one, other))
+    for part, value in values.items():
+        seen = []
+
+        def model(tokens, mask, seen=seen):
+            seen.append(tokens[mask == 1].unique().tolist())
+            return torch.zeros(len(tokens), 66)
+
+        assert task.evaluate(model, part) == pytest.approx(math.log(66))
+        assert all(own == [value] for own in seen) and seen
+
+
+def test_what_the_plots_show():
+    own = {"r": 2, "rank": 2, "steps": 4, "spectra": None}
+    shown = pd.DataFrame(
+        [
+            {**own, "method": "lora", "seed": 0, "curve": [4.0, 3.0], "training": 3.0, "test": 3.5},
+            {**own, "method": "lora", "seed": 1, "curve": [6.0, 5.0], "training": 5.0, "test": 5.5},
+            {**own, "method": "full", "seed": 1, "curve": [5.0, 3.0], "training": 3.0, "test": 3.2},
+            {**own, "method": "full", "seed": 0, "curve": [3.0, 1.0], "training": 1.0, "test": 1.4},
+        ]
+    )
+    figure = Figure()
+    curves = figure.subplots(2, 1, squeeze=False)
+    plots.curves(curves, shown, "topics", [2])
+    above, below = (
+        {line.get_label(): line.get_data() for line in axis.lines} for axis in curves[:, 0]
+    )
+    assert above["LoRA"][0].tolist() == [1.0, 3.0] and above["LoRA"][1].tolist() == [5.0, 4.0]
+    # How far below LoRA's, seed by seed.
+    assert below["PERA full"][1].tolist() == [1.0, 2.0]
+    places = figure.subplots(1, 2)
+    plots.ranks(places, shown, "topics")
+    for axis, values in zip(places, ((4.0, 2.0), (4.5, 2.3)), strict=True):
+        for drawn, value in zip(axis.containers, values, strict=False):
+            assert drawn.lines[0].get_xydata().tolist() == [[2.0, pytest.approx(value)]]
 
 
 @pytest.mark.parametrize(

@@ -126,6 +126,34 @@ class TestAdapter:
             saved(tmp_path / folder, **options)
             assert "do nothing" not in printed(capsys, tmp_path / folder)
 
+    @pytest.mark.parametrize("broken", ["0.up", "1.up"])
+    def test_what_is_not_finite_spoils_nothing_else(self, broken, tmp_path, capsys):
+        model = saved(tmp_path / "a")
+        expected = inspected(capsys, tmp_path / "a")["modules"]
+        with torch.no_grad():
+            pk.adapted_modules(model)[broken].pera_h[0] = torch.inf
+        pk.save_adapter(model, tmp_path / "b")
+        found = inspected(capsys, tmp_path / "b")
+        own = found["modules"].pop(broken)
+        assert own["top_pairs"] == [] and own["pairs_for_90_percent"] is None
+        assert found["modules"] == {n: own for n, own in expected.items() if n != broken}
+        assert found["largest_error_at_r"] == max(
+            own["error_of_rank"]["3"] for own in found["modules"].values()
+        )
+        assert f"Not finite: {broken}" in printed(capsys, tmp_path / "b")
+
+    def test_large_values_do_not_overflow(self, tmp_path, capsys):
+        """What float32 cannot hold."""
+        model = trained(r=2, targets=["0.up"])
+        with torch.no_grad():
+            model[0].up.pera_A.mul_(1e25)
+            model[0].up.pera_B.mul_(1e15)
+        pk.save_adapter(model, tmp_path / "a")
+        found = inspected(capsys, tmp_path / "a")
+        (own,) = found["modules"].values()
+        assert own["delta_norm"] > 1e60 and 0 < found["largest_error_at_r"] < 1
+        assert found["largest_error_at_r"] == pytest.approx(own["error_of_rank"]["2"])
+
     def test_one_share_for_all_modules(self, tmp_path, capsys):
         """Of norms over all modules: one strong module counts."""
         saved(tmp_path / "a")
@@ -188,6 +216,37 @@ class TestPicture:
         pk.save_adapter(model, tmp_path / "a")
         own = inspected(capsys, tmp_path / "a", "--plot", tmp_path / "a.png")["modules"]["0.up"]
         assert own["linear_norm"] == 0.0 and own["quadratic_share"] == "inf"
+
+    def test_what_is_drawn(self, tmp_path, capsys):
+        from matplotlib.figure import Figure
+
+        from pera_kernels.cli import plots
+
+        saved(tmp_path / "a", r=2)
+        modules = inspected(capsys, tmp_path / "a")["modules"]
+        spectra, shares, pairs = Figure().subplots(1, 3)
+        plots._spectra(spectra, modules.values())
+        lines = {line.get_label(): line.get_ydata() for line in spectra.lines}
+        for key, label in (("singular_values", "ΔW"), ("singular_values_linear", "BA alone")):
+            own = [torch.tensor(m[key]) / m["singular_values"][0] for m in modules.values()]
+            middle = torch.stack(own).quantile(0.5, 0).tolist()
+            assert lines[label].tolist() == pytest.approx(middle, rel=1e-5)
+        plots._shares(shares, modules)
+        widths = torch.tensor([bar.get_width() for bar in shares.patches]).view(3, len(modules))
+        norms = [
+            [m[f"{part}_norm"] for m in modules.values()] for part in ("linear", "square", "cross")
+        ]
+        wanted = torch.tensor(norms, dtype=torch.float64)
+        torch.testing.assert_close(widths, wanted / wanted.sum(0))
+        image = plots._pairs(pairs, modules.values()).get_array()
+        total = sum(sum(m["term_norms"][2:]) / m["linear_norm"] for m in modules.values())
+        upper = torch.triu(torch.as_tensor(image))
+        assert float(upper.sum()) == pytest.approx(total / len(modules))
+
+    def test_names_are_no_formulas(self, tmp_path, capsys):
+        saved(tmp_path / "a$", model=nn.ModuleDict({"$\\frac$": plain_model()}))
+        printed(capsys, tmp_path / "a$", "--plot", tmp_path / "a.svg")
+        assert (tmp_path / "a.svg").exists()
 
     def test_files_that_cannot_be_drawn(self, tmp_path, capsys, monkeypatch):
         saved(tmp_path / "a")
@@ -302,6 +361,15 @@ class TestUpdate:
             weights = inspected(capsys, "--update", *folders)["weights"]
             # In the order of the file.
             assert {name: weights[name] for name in expected} == expected
+        # Each tensor comes from the file that the index names, and from no other.
+        write(shards / "m-1.safetensors", {**tuned, "b.weight": torch.ones(40, 64)})
+        weights = inspected(capsys, "--update", tmp_path / "one", shards)["weights"]
+        assert {name: weights[name] for name in expected} == expected
+        names["b.bias"] = "m-1.safetensors"
+        index.write_text(json.dumps({"weight_map": names}))
+        line = refused(capsys, "--update", tmp_path / "one", shards)
+        assert "index.json lists tensors that its files lack: b.bias" in line
+        del names["b.bias"]
         names["b.weight"] = "../tuned.safetensors"
         index.write_text(json.dumps({"weight_map": names}))
         line = refused(capsys, "--update", tmp_path / "one", shards)
@@ -387,8 +455,6 @@ def test_an_integer_that_did_not_change_is_nothing(pair, capsys):
 
 
 CHANGES = {
-    "shapes": ({"a.weight": torch.ones(48, 31)}, "shapes differ", "a.weight (48, 32) and (48, 31)"),
-    "dimensions": ({"a.weight": torch.ones(48)}, "shapes differ", "(48, 32) and (48,)"),
     "nan": ({"b.weight": torch.full((40, 64), torch.nan)}, "b.weight in", "is not finite"),
     "infinite": ({"b.weight": torch.full((40, 64), torch.inf)}, "tuned", "is not finite"),
     "8 bits": ({"a.weight": torch.ones(48, 32, dtype=torch.int8)}, "got int8", "--modules"),
@@ -397,7 +463,10 @@ CHANGES = {
         "got float8_e4m3fn",
         "float64, float32, bfloat16 or float16",
     ),
-    "4 bits": ({"a.weight": torch.ones(768, 1, dtype=torch.uint8)}, "shapes differ", "(768, 1)"),
+    "too large": (
+        {"b.weight": torch.full((40, 64), 3e38)},
+        "b.weight: the difference is too large",
+    ),
 }
 
 
@@ -405,8 +474,31 @@ CHANGES = {
 def test_weights_that_have_no_spectrum(kind, pair, capsys):
     tensors, *matches = CHANGES[kind]
     changed(pair[1], **tensors)
+    if kind == "too large":
+        changed(pair[0], **{name: -tensor for name, tensor in tensors.items()})
     line = refused(capsys, "--update", *pair)
     assert all(match in line for match in matches), line
+
+
+@pytest.mark.parametrize("shape", [(48, 31), (48,), (768, 1)])
+def test_weights_of_other_shapes_are_left_out_and_told(shape, pair, capsys):
+    """As of a vocabulary that grew."""
+    changed(pair[1], **{"a.weight": torch.ones(shape)})
+    found = inspected(capsys, "--update", *pair)
+    assert list(found["weights"]) == ["b.weight"]
+    assert found["other_shapes"] == {"a.weight": [[48, 32], list(shape)]}
+    told = f"Left out, for their shapes differ: a.weight [48, 32] and {list(shape)}"
+    assert told in printed(capsys, "--update", *pair)
+    line = refused(capsys, "--update", *pair, "--modules", "a.weight|positions")
+    assert "none of 1 2-D weights differs" in line and "1 have other shapes" in line
+
+
+@pytest.mark.parametrize("kind", ["sparse", "meta"])
+def test_weights_without_dense_values_are_refused(kind, tmp_path, capsys):
+    tensor = torch.eye(3).to_sparse() if kind == "sparse" else torch.ones(3, 3, device="meta")
+    path = write(tmp_path / "w.pt", {"w": tensor})
+    told = {"sparse": "got sparse_coo", "meta": "got no values"}[kind]
+    assert told in refused(capsys, "--update", path, path)
 
 
 class Code:

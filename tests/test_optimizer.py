@@ -1,6 +1,7 @@
 """Parameter groups: which parameters, at which rates, and what the default rate of h means."""
 
 import copy
+import json
 
 import pytest
 import torch
@@ -171,6 +172,21 @@ def test_bad_rates_and_plain_models_are_refused():
         pk.parameter_groups(m, None)
     with pytest.raises(ValueError, match="no adapter to train: call inject first"):
         pk.parameter_groups(model(), LR)
+
+
+@pytest.mark.parametrize("init", ["kaiming", "gaussian"])
+def test_an_adapter_that_goes_on_training_has_the_rate_that_it_had(init, tmp_path):
+    pytest.importorskip("safetensors")
+    before = adapted(init=init)
+    pk.save_adapter(before, tmp_path)
+    after = model()
+    pk.load_adapter(after, tmp_path)
+    rates = [
+        [group["lr"] for group in coefficients(pk.parameter_groups(m, LR))] for m in (before, after)
+    ]
+    assert rates[0] == rates[1]
+    config = json.loads((tmp_path / "adapter_config.json").read_text())
+    assert config["init_weights"] == init
 
 
 class TestWarning:

@@ -46,7 +46,7 @@ FORMAT_VERSION = 2
 TENSORS_FILE = "adapter_model.safetensors"
 CONFIG_FILE = "adapter_config.json"
 PARTS = ("pera_A", "pera_B", "pera_h")
-OPTIONS = ("r", "alpha", "terms", "dropout")
+OPTIONS = ("r", "alpha", "terms", "dropout", "init")
 # Before the name of every tensor, since version 2 and in PEFT.
 PREFIX = "base_model.model."
 
@@ -55,9 +55,9 @@ PREFIX = "base_model.model."
 class AdapterFile:
     """An adapter that was read and checked, and is in no model yet.
 
-    ``options`` has r, alpha, terms and dropout of every module, ``tensors`` its A, B and h, and
-    ``parameters`` what else is in the file, by its name in a model without adapters: what trained
-    beside them, and what is ``frozen`` and was saved all the same.
+    ``options`` has r, alpha, terms, dropout and init of every module, ``tensors`` its A, B and h,
+    and ``parameters`` what else is in the file, by its name in a model without adapters: what
+    trained beside them, and what is ``frozen`` and was saved all the same.
     """
 
     path: Path
@@ -142,6 +142,7 @@ def _for_peft(config: Mapping[str, Any]) -> dict[str, Any]:
         "r": config.get("r"),
         "pera_alpha": config.get("alpha"),
         "pera_dropout": config.get("dropout"),
+        **({"init_weights": config["init"]} if "init" in config else {}),
         "terms": "mixed" if any("terms" in o for o in own.values()) else config.get("terms"),
         "target_modules": config["target_modules"],
         "rank_pattern": {name: o["r"] for name, o in own.items() if "r" in o},
@@ -328,7 +329,9 @@ def _from_own(config: Mapping[str, Any], tensors: Mapping[str, torch.Tensor], pa
         )
     options = {}
     for name in by_module:
-        own = {**{key: config.get(key) for key in OPTIONS}, **others.get(name, {})}
+        # Files of old do not say how A began.
+        common = {"init": "kaiming", **{key: config[key] for key in OPTIONS if key in config}}
+        own = {**dict.fromkeys(OPTIONS), **common, **others.get(name, {})}
         options[name] = {key: own[key] for key in OPTIONS}
     return options, by_module, beside, set(listed["with_trained"])
 
@@ -360,6 +363,7 @@ def _from_peft(config: Mapping[str, Any], tensors: Mapping[str, torch.Tensor], p
             "alpha": alpha,
             "terms": config.get("terms", "full"),
             "dropout": config.get("pera_dropout", 0.0),
+            "init": "gaussian" if config.get("init_weights") == "gaussian" else "kaiming",
         }
     others = {plain_name(name, by_module): tensor for name, tensor in others.items()}
     return options, by_module, others, {n for n in others if n.rpartition(".")[0] in by_module}
@@ -401,7 +405,7 @@ def check_modules(
             told["r"] = r
             if told["alpha"] is None or isinstance(told["dropout"], bool):
                 raise TypeError(f"alpha and dropout must be numbers; got {told!r}")
-            AdapterOptions(r, told["alpha"], told["terms"], told["dropout"])
+            AdapterOptions(r, told["alpha"], told["terms"], told["dropout"], told["init"])
         except (TypeError, ValueError) as error:
             raise ValueError(f"{where}: {error}") from error
 

@@ -293,7 +293,11 @@ def require_adapters(model: nn.Module, to: str) -> dict[str, PeraLinear]:
     layers = adapted_modules(model)
     if not layers:
         of_peft = any(is_adapted(module) for module in model.modules())
-        hint = "they are PEFT's, which has methods of its own" if of_peft else "call inject first"
+        hint = (
+            "they are PEFT's: use PEFT's methods and pera_kernels.peft"
+            if of_peft
+            else "call inject first"
+        )
         raise ValueError(f"model has no adapter to {to}: {hint}; got {type(model).__name__}")
     return layers
 

@@ -47,9 +47,10 @@ def parameter_groups(
     A product of factor entries is far smaller than the entries, so an ``h`` that moves at ``lr``
     changes nothing. By default every layer's h moves as a coefficient of normalised products would
     at a tenth of ``lr``: h = q / (rms(A) β²), where β = 8 ``lr`` is what entries of B grow to.
-    That is a rate of 0.1 ``lr`` / (rms(A) β²) for h, which fits any width, rank, ``lr`` and length
-    well enough to start from (docs/choosing.md). :meth:`PeraLinear.quadratic_share` is the gauge;
-    to change it, multiply ``group["lr"]`` of the groups named ``"coefficients"``.
+    That is a rate of 0.1 ``lr`` / (rms(A) β²) for h. It was tried at widths, ranks and lengths that
+    differ, with ``lr`` near LoRA's best; far below it B outgrows β, and the products BA
+    (docs/choosing.md). :meth:`PeraLinear.quadratic_share` is the gauge; to change it, multiply
+    ``group["lr"]`` of the groups named ``"coefficients"``.
 
     Args:
         lr: rate of A, B and of any other trainable parameter of the model (in a group of its own).
@@ -57,7 +58,8 @@ def parameter_groups(
         eps: the optimizer's, which the rule scales for h as it scales the rate: gradients of h can
             be below 1e-8, which would stop it. None leaves it out, for optimizers without a single
             ``eps`` (Adafactor).
-        weight_decay: of every group but those of h, which is never decayed.
+        weight_decay: of every group but those of h, which is never decayed. It counts, not the
+            optimizer's own.
 
     Returns:
         Groups with ``"name"`` "factors", "coefficients" (one for each rate) and "other", those that
@@ -147,8 +149,9 @@ def warn_of_idle_products(adapters: Iterable[tuple[Tensor, Tensor, Tensor | None
     # The first layer whose products count ends it.
     if trained and all(quadratic_share(*own) < NEGLIGIBLE for own in trained):
         warnings.warn(
-            f"the products are less than {100 * NEGLIGIBLE:g} % of BA in every layer: this adapter "
-            "is a LoRA. The coefficients h need a learning rate of their own, which "
-            "parameter_groups(model, lr) gives to an optimizer",
+            f"so far the products are less than {100 * NEGLIGIBLE:g} % of BA in every layer: the "
+            "adapter is a LoRA. The coefficients h need a learning rate of their own, which "
+            "parameter_groups(model, lr) of pera_kernels or of pera_kernels.peft gives to an "
+            "optimizer",
             stacklevel=3,
         )

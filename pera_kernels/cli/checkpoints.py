@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import torch
 
 from ..adapters import files
+from ..checks import some
 
 __all__ = ["Stored", "stored"]
 
@@ -35,26 +36,29 @@ def stored(path: Path) -> dict[str, Stored]:
         ValueError: a file is damaged, or holds something else.
     """
     if path.is_dir():
-        return {name: own for file in _in_folder(path) for name, own in _safetensors(file).items()}
+        return _in_folder(path)
     if not path.is_file():
         raise FileNotFoundError(f"there is no file or folder {path}")
     return _safetensors(path) if path.suffix == ".safetensors" else _state_dict(path)
 
 
-def _in_folder(folder: Path) -> list[Path]:
+def _in_folder(folder: Path) -> dict[str, Stored]:
     if not (folder / INDEX).is_file():
         if not (folder / SINGLE).is_file():
             raise FileNotFoundError(f"{folder} has neither {SINGLE} nor {INDEX}")
-        return [folder / SINGLE]
+        return _safetensors(folder / SINGLE)
     shards = files.read_json(folder / INDEX).get("weight_map")
     if not isinstance(shards, dict) or not all(
         isinstance(name, str) and name == Path(name).name for name in shards.values()
     ):
         raise ValueError(f'{folder / INDEX}: "weight_map" must map tensors to names of files')
-    found = [folder / name for name in dict.fromkeys(shards.values())]
-    if missing := [file.name for file in found if not file.is_file()]:
+    names = set(shards.values())
+    if missing := sorted(name for name in names if not (folder / name).is_file()):
         raise FileNotFoundError(f"{folder} lacks {', '.join(missing)}, which {INDEX} lists")
-    return found
+    held = {name: _safetensors(folder / name) for name in names}
+    if lost := [name for name, file in shards.items() if name not in held[file]]:
+        raise ValueError(f"{folder / INDEX} lists tensors that its files lack: {some(lost)}")
+    return {name: held[file][name] for name, file in shards.items()}
 
 
 def _safetensors(path: Path) -> dict[str, Stored]:

@@ -56,8 +56,12 @@ def adapter(read: AdapterFile, progress: Progress = iter) -> dict[str, Any]:
         # Of the module that loses most where all of them are exported with this one rank.
         "largest_r": r,
         "largest_error_at_r": max(
-            spectrum.error_of_rank(torch.tensor(own["singular_values"]), r)
-            for own in modules.values()
+            (
+                spectrum.error_of_rank(torch.tensor(own["singular_values"], dtype=torch.float64), r)
+                for own in modules.values()
+                if own["finite"]
+            ),
+            default=math.nan,
         ),
         "modules": modules,
         "trained_beside": beside,
@@ -82,7 +86,8 @@ def _module(own: dict[str, torch.Tensor], options: dict[str, Any]) -> dict[str, 
     norms = spectrum.term_norms(lora_A, lora_B)
     of_pairs, named = norms[r:], pairs(r, terms)
     energy = of_pairs.square() / of_pairs.square().sum()
-    top = of_pairs.argsort(descending=True)[:TOP_PAIRS].tolist() if of_pairs.sum() > 0.0 else []
+    used = finite and bool(of_pairs.any())
+    top = of_pairs.argsort(descending=True)[:TOP_PAIRS].tolist() if used else []
     return {
         **options,
         "scale": scale,
@@ -101,7 +106,9 @@ def _module(own: dict[str, torch.Tensor], options: dict[str, Any]) -> dict[str, 
             spectrum.numerical_rank(sigma, B.shape[0], A.shape[1]) if finite else None
         ),
         "error_of_rank": {str(k * r): spectrum.error_of_rank(sigma, k * r) for k in (1, 2, 4)},
-        "pairs_for_90_percent": spectrum.carried_by(of_pairs, CARRIED) if named else None,
+        "pairs_for_90_percent": spectrum.carried_by(of_pairs, CARRIED)
+        if named and finite
+        else None,
         "top_pairs": [
             {"pair": named[k], "norm": float(of_pairs[k]), "energy": float(energy[k])} for k in top
         ],
@@ -120,7 +127,7 @@ OPTIONS = {
     "scale": "scale",
     "dropout": "dropout",
     "dtype": "dtype",
-    "zero_coefficients": "h = 0",
+    "zero_coefficients": "zero h",
     "numerical_rank": "rank of ΔW",
 }
 NORMS = {
@@ -208,6 +215,6 @@ def _advice(found: dict[str, Any]) -> str:
         return ""
     return (
         f"The products do nothing: they are {share:.2%} of BA. Train h at a rate of its own "
-        f"(pk.parameter_groups(model, lr)), or take the LoRA: export-lora --rank {r} "
-        f"loses at most {found['largest_error_at_r']:.2%} of ΔW."
+        "(parameter_groups of pera_kernels or of pera_kernels.peft), or take the LoRA: "
+        f"export-lora --rank {r} loses at most {found['largest_error_at_r']:.2%} of ΔW."
     )

@@ -53,7 +53,7 @@ def adapter(found: Mapping[str, Any], path: Path) -> None:
         raise ValueError(f"{found['path']} has nothing to draw: every ΔW is zero or not finite")
     figure = _figure(3)
     spectra, shares, pairs = figure.subplots(1, 3)
-    figure.suptitle(f"{found['path']}, {len(modules)} modules")
+    figure.suptitle(f"{found['path']}, {len(modules)} modules", parse_math=False)
     _spectra(spectra, modules.values())
     _shares(shares, modules)
     drawn = _pairs(pairs, modules.values())
@@ -108,7 +108,7 @@ def _shares(axes: Any, modules: Mapping[str, Mapping[str, Any]]) -> None:
     axes.set(xlim=(0, 1), ylim=(len(modules) - 0.5, -0.5), ylabel="module")
     # Inside the bars, where long names take no room from the axes.
     for number, name in enumerate(modules if len(modules) <= NAMES else ()):
-        axes.text(0.01, number, name, va="center", fontsize=7)
+        axes.text(0.01, number, name, va="center", fontsize=7, parse_math=False)
     axes.legend(loc="lower right")
 
 
@@ -117,7 +117,7 @@ def _pairs(axes: Any, modules: Iterable[Mapping[str, Any]]) -> Any:
     size = max((one["r"] for one in modules), default=1)
     matrices = numpy.full((len(modules), size, size), numpy.nan)
     for matrix, one in zip(matrices, modules, strict=True):
-        r, norms = one["r"], torch.tensor(one["term_norms"])
+        r, norms = one["r"], torch.tensor(one["term_norms"], dtype=torch.float64)
         own = spectrum.interaction(norms, r, one["terms"]) / one["linear_norm"]
         matrix[:r, :r] = own.numpy()
     axes.set_title("Pairs: ‖h_ij (b_i∘b_j)(a_i∘a_j)ᵀ‖ / ‖BA‖")

@@ -39,14 +39,16 @@ def update(
 
     Raises:
         FileNotFoundError, ValueError: see :func:`stored`; or no 2-D weight is in both, none
-            changed, or one has another shape there, is not of a floating dtype, or not finite.
+            changed, or one is not of a floating dtype, or not finite.
     """
     before, after = stored(base), stored(tuned)
-    names = _shared(before, after, base, tuned, modules)
+    shared = _shared(before, after, base, tuned, modules)
+    names = [name for name in shared if before[name].shape == after[name].shape]
     weights, sigmas = {}, {}
     for name in progress(names):
         W0, W = before[name].read(), after[name].read()
-        if W0.dtype == W.dtype and torch.equal(W0, W):
+        dense = all(w.layout is torch.strided and not w.is_meta for w in (W0, W))
+        if dense and W0.dtype == W.dtype and torch.equal(W0, W):
             continue
         for where, weight in ((base, W0), (tuned, W)):
             _check(name, where, weight)
@@ -54,17 +56,27 @@ def update(
         delta = W.to(work) - W0.to(work)
         if not delta.any():
             continue
+        if not torch.isfinite(delta).all():
+            raise ValueError(f"{name}: the difference is too large for {work}")
         sigma = torch.linalg.svdvals(delta)
         weights[name] = _measured(W0, W, sigma)
         sigmas[name] = sigma
     if not weights:
-        raise ValueError(f"none of {len(names)} 2-D weights differs between {base} and {tuned}")
+        reshaped = f", and {len(shared) - len(names)} have other shapes" if shared != names else ""
+        raise ValueError(
+            f"none of {len(names)} 2-D weights differs between {base} and {tuned}{reshaped}"
+        )
     return {
         "base": str(base),
         "tuned": str(tuned),
         "weights": weights,
         "median": _medians(list(weights.values())),
         "unchanged": len(names) - len(weights),
+        "other_shapes": {
+            name: [list(own[name].shape) for own in (before, after)]
+            for name in shared
+            if name not in names
+        },
         "only_in_base": [name for name in before if name not in after],
         "only_in_tuned": [name for name in after if name not in before],
     }, sigmas
@@ -77,7 +89,7 @@ def _shared(
     tuned: Path,
     modules: re.Pattern[str] | None,
 ) -> list[str]:
-    """The 2-D weights that both have, which have the same shapes."""
+    """The names of 2-D weights that both have."""
     both = [name for name in before if name in after]
     if not both:
         raise ValueError(
@@ -89,17 +101,14 @@ def _shared(
     if not matrices:
         wanted = f" whose name has {modules.pattern!r}" if modules else ""
         raise ValueError(f"{base} and {tuned} share no 2-D weight{wanted}; they share {some(both)}")
-    if other := [n for n in matrices if before[n].shape != after[n].shape]:
-        told = [f"{n} {before[n].shape} and {after[n].shape}" for n in other]
-        raise ValueError(
-            f"shapes differ between {base} and {tuned}: {some(told)}; choose others by --modules"
-        )
     return matrices
 
 
 def _check(name: str, where: Path, weight: torch.Tensor) -> None:
-    if weight.dtype not in FLOATING or weight.layout is not torch.strided:
-        kind = str(weight.dtype).removeprefix("torch.")
+    dense = weight.layout is torch.strided and not weight.is_meta
+    if weight.dtype not in FLOATING or not dense:
+        found = weight.dtype if dense else "no values" if weight.is_meta else weight.layout
+        kind = str(found).removeprefix("torch.")
         raise ValueError(
             f"{name} in {where} must be a dense weight in float64, float32, bfloat16 or float16; "
             f"got {kind}: dequantize it, or choose others by --modules"
@@ -183,8 +192,11 @@ def show(found: dict[str, Any]) -> None:
     if any(medians[f"worth_at_{r}"] is not None for r in RANKS):
         print(
             "Worth: how many more ranks a LoRA needs to come as close to ΔW as full PERA of rank "
-            "r, by the formula of docs/capacity.md."
+            "r, by the formula of docs/capacity.md, which may be off by a factor of 1.5 and more."
         )
+    if other := found["other_shapes"]:
+        told = (f"{name} {old} and {new}" for name, (old, new) in other.items())
+        print(f"Left out, for their shapes differ: {some(told)}")
     for where in ("base", "tuned"):
         if lone := found[f"only_in_{where}"]:
             print(f"Only in {found[where]}: {some(lone)}")

@@ -102,13 +102,13 @@ class PeraModel(BaseTuner):
         )
         h = f".pera_h.{adapter_name}"
         if any(p.requires_grad for name, p in model.named_parameters() if name.endswith(h)):
+            parts = PeraLayer.adapter_layer_names
             modules = [key.removesuffix(h) for key in found if key.endswith(h)]
-            adapters = [
-                [found[f"{module}.{part}.{adapter_name}"] for part in PeraLayer.adapter_layer_names]
-                for module in modules
-            ]
-            # A part of a sharded parameter, or one that is elsewhere, says nothing.
-            if all(type(p) is torch.Tensor and not p.is_meta for own in adapters for p in own):
+            keys = [[f"{module}.{part}.{adapter_name}" for part in parts] for module in modules]
+            # Nothing is said of what is missing, sharded or elsewhere.
+            there = (found.get(key) for own in keys for key in own)
+            if all(type(p) is torch.Tensor and not p.is_meta for p in there):
+                adapters = ([found[key] for key in own] for own in keys)
                 warn_of_idle_products((A, B, h, config.terms) for A, B, h in adapters)
         return found
 

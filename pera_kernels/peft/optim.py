@@ -23,7 +23,7 @@ def parameter_groups(
 ) -> list[dict[str, Any]]:
     """:func:`pera_kernels.parameter_groups` for a model with PEFT's PERA layers.
 
-        groups = parameter_groups(model, 1e-4)
+        groups = parameter_groups(model, 1e-4)  # weight_decay= here, not in TrainingArguments
         Trainer(model, ..., optimizers=(torch.optim.AdamW(groups), None))
 
     Raises:
