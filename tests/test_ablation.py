@@ -112,14 +112,23 @@ def test_rates_are_chosen_before_results_and_what_has_a_row_is_not_run_again(
     # Three rates for each of 7 methods, multiples for 3; two seeds of 6, one of full fine-tuning.
     choices = [row for row in found if row["seed"] == runs.CHOICE_SEED]
     assert [row["multiple"] for row in choices].count(1.0) == 3 * 7
-    assert {row["method"] for row in choices if row["multiple"] != 1.0} == {*report.PERA}
-    assert len(found) - len(choices) == 2 * 6 + 1
+    assert {row["method"] for row in choices if row["multiple"] != 1.0} == {
+        "full",
+        "square",
+        "cross",
+    }
+    results = [row for row in found if row["seed"] != runs.CHOICE_SEED]
+    # Full PERA once more at the default rate of h, if that was not the best.
+    default = [row for row in results if row["method"] == "full_default"]
+    (full,) = {row["multiple"] for row in results if row["method"] == "full"}
+    assert [row["multiple"] for row in default] == ([] if full == 1.0 else [1.0, 1.0])
+    assert len(results) - len(default) == 2 * 6 + 1
     # A choice never sees the test part, a result sees nothing else.
     assert all(row["validation"] > 0 and "test" not in row for row in choices)
     assert all(row["test"] > 0 and "validation" not in row for row in found if row not in choices)
-    assert Tiny.seen.count("test") == 2 * 6 + 1
-    for row in found:
-        if row["seed"] != runs.CHOICE_SEED:
+    assert Tiny.seen.count("test") == len(results)
+    for row in results:
+        if row["method"] != "full_default":
             same = [c for c in choices if (c["method"], c["r"]) == (row["method"], row["r"])]
             best = min(same, key=lambda choice: choice["validation"])
             assert (row["lr"], row["multiple"]) == (best["lr"], best["multiple"])
@@ -192,6 +201,11 @@ def test_a_search_goes_on_while_the_best_is_at_an_end(best, tried):
         done.append({**values, "task": task.name, "validation": math.hypot(*away)})
     found = [row["multiple"] for row in done if row["multiple"] != 1.0]
     assert {(trial.lr, trial.multiple) for trial in left} == {(0.01, best)}
+    # What is not the default is compared with it.
+    default = [t for t in runs.remaining(task, done, [2], 2) if t.method.key == "full_default"]
+    assert {(trial.lr, trial.multiple) for trial in default} == (
+        set() if best == 1.0 else {(0.01, 1.0)}
+    )
     assert found == tried
 
 

@@ -23,7 +23,7 @@ __all__ = ["RESULTS", "difference", "pages", "results", "worth", "write"]
 RESULTS = documents.ROOT / "benchmarks" / "results" / "ablation"
 PAGE, README = documents.ROOT / "docs" / "ablation.md", documents.ROOT / "README.md"
 TASKS = ("topics", "verses")
-PERA = ("full", "square", "cross")
+PERA = ("full", "full_default", "square", "cross")
 # 97.5 % quantiles of Student's t by degrees of freedom.
 STUDENT = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
 
@@ -145,10 +145,10 @@ def predicted(runs: pd.DataFrame, method: str, r: int) -> str:
     full = runs[runs["method"] == FULL.key]
     if not len(full):
         return ""
-    run = full.iloc[0]
+    run, terms = full.iloc[0], method.removesuffix("_default")
     layers = zip(run["spectra"], run["shapes"], strict=True)
     ranks = median(
-        capacity.worth(sigma, int(r), method, tuple(shape))  # type: ignore[arg-type]
+        capacity.worth(sigma, int(r), terms, tuple(shape))  # type: ignore[arg-type]
         for sigma, shape in layers
     )
     return f"{ranks:.1f}"
@@ -180,13 +180,14 @@ def rates(folder: Path) -> str:
 
 
 def summary(folder: Path) -> str:
-    """README's table: each of PERA's terms against LoRA, and LoRA with half as many ranks more."""
+    """README's table: full PERA against LoRA, and LoRA with half as many ranks more."""
     lines = []
     for task in TASKS:
         runs = results(folder, task)
         times = step_times(folder, task)
         for r, key in itertools.product(
-            sorted(runs["r"].unique()) if len(runs) else [], (*PERA, "lora_half_more")
+            sorted(runs["r"].unique()) if len(runs) else [],
+            ("full", "full_default", "lora_half_more"),
         ):
             own = runs[(runs["r"] == r) & (runs["method"] == key)]
             base = runs[(runs["r"] == r) & (runs["method"] == "lora")]
@@ -209,8 +210,9 @@ def summary(folder: Path) -> str:
 
 def step_times(folder: Path, task: str) -> dict[tuple[str, int], float]:
     """Milliseconds of a step by method and rank; the last measurement counts."""
-    found = rows.read(folder / "times.jsonl")
-    return {(row["method"], row["r"]): row["step_ms"] for row in found if row["task"] == task}
+    found = [row for row in rows.read(folder / "times.jsonl") if row["task"] == task]
+    times = {(row["method"], row["r"]): row["step_ms"] for row in found}
+    return {**times, **{("full_default", r): ms for (key, r), ms in times.items() if key == "full"}}
 
 
 def parts(folder: Path) -> dict[str, Callable[[], str]]:

@@ -6,7 +6,7 @@ import itertools
 import math
 import statistics
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
@@ -33,6 +33,7 @@ WITH_SPECTRUM = {("lora", 16), ("full", 16), ("full_fine_tuning", 0)}
 LABELS = {
     "lora": "LoRA",
     "full": "PERA full",
+    "full_default": "PERA full, default rate of h",
     "square": "PERA square-only",
     "cross": "PERA cross-only",
     "lora_parameters": "LoRA, no fewer parameters",
@@ -110,6 +111,9 @@ def remaining(task: Task, rows: Sequence[Row], ranks: Sequence[int], seeds: int)
         if not missing:
             own = range(seeds if method is not FULL else 1)
             missing = [Trial(method, lr, multiple, seed) for seed in own]
+            if method.key == "full" and multiple != 1.0:
+                default = replace(method, key="full_default")
+                missing += [Trial(default, lr, 1.0, seed) for seed in own]
         yield from (trial for trial in missing if trial.key() not in done)
 
 
