@@ -139,6 +139,11 @@ def test_what_the_page_says_in_words(cells):
     assert 0.2 < used.min() and used.max() < 5 and 0.7 < used.median() < 1.5
     assert shares[shares["mean"] < 0.05].share.max() < 0.1
     assert worth(spectrum("0.5", 4096), 16) < 0.01
+    others = cells[~cells.grid & (cells["mean"] >= report.LEAST)]
+    off = (others.said / others["mean"]).map(math.log).abs().map(math.exp)
+    assert 0.22 < (off > 1.5).mean() < 0.3 and 2.75 < off.max() < 2.85
+    (large,) = others[(others.n == 1024) & (others.spectrum == "0.25")].itertuples()
+    assert large.said / large.mean == pytest.approx(0.5, abs=0.05)
 
 
 def test_the_formula_is_the_fit_to_the_rows(cells):
@@ -154,6 +159,8 @@ def test_the_formula_in_cases_that_need_no_fit():
         assert (worth(flat, 4, terms) > 0.8 * min(count, 4)) == (terms != "linear")
         assert worth(flat, 4, terms) <= count
         assert worth([3.0, 2.0, 1.0, 0.0, 0.0], 3, terms) == worth(flat, 64, terms) == 0
+    # A tail whose sixth power underflows is nothing.
+    assert worth([1.0, 1e-60, 1e-60, 1e-60], 1) == 0
     falling = [worth(spectrum(name, 256), 16) for name in ("0", "0.25", "0.5", "0.75", "1")]
     assert falling == sorted(falling, reverse=True)
     sigma = spectrum("0.5", 64)

@@ -80,7 +80,6 @@ def ranks(axes, runs, task):  # type: ignore[no-untyped-def]
                 capsize=3,
             )
         axis.set_xscale("log", base=2)
-        axis.set_xticks(sorted(runs.loc[runs["rank"] > 0, "rank"].unique()))
         axis.xaxis.set_major_formatter("{x:.0f}")
         axis.set(title=f"{task}: {loss} loss", xlabel="rank of the adapter")
         axis.grid(alpha=0.3)
