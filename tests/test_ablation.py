@@ -244,13 +244,15 @@ def test_worth_in_ranks():
         # No better for sure, so that nothing is measured by it.
         ("lora_parameters", 5): [2.8, 3.3, 3.1],
         ("lora_half_more", 6): [loss - 0.4 for loss in lora],
-        ("lora_expanded", 14): [loss - 0.8 for loss in lora],
+        ("lora_matched", 8): [loss - 0.8 for loss in lora],
+        # So far away that a line says nothing.
+        ("lora_expanded", 14): [loss - 0.9 for loss in lora],
         ("full", 4): [loss - 0.5 for loss in lora],
         ("square", 4): [loss - 0.01 + wide for loss, wide in zip(lora, spread, strict=True)],
         ("cross", 4): [loss + 0.1 for loss in lora],
     }
     found = frame(losses)
-    assert report.worth(found, "full", 4, "test") == pytest.approx((4.0, 4.0, 4.0))
+    assert report.worth(found, "full", 4, "test") == pytest.approx((2.5, 2.5, 2.5))
     most = 2 * (0.01 + 4.303 * 0.01 / 3**0.5) / 0.4
     assert report.worth(found, "square", 4, "test") == (
         *(pytest.approx(0.05), None),
@@ -262,7 +264,7 @@ def test_worth_in_ranks():
     losses["cross", 4] = [loss - 0.79 + wide for loss, wide in zip(lora, spread, strict=True)]
     assert report.worth(frame(losses), "cross", 4, "test")[2] is None
     # Where no LoRA is better than that of rank 4, nothing can be said.
-    del losses["lora_half_more", 6], losses["lora_expanded", 14]
+    del losses["lora_half_more", 6], losses["lora_matched", 8]
     assert report.in_ranks(*report.worth(frame(losses), "full", 4, "test")) == "–"
     assert report.in_ranks(1.5, None, 3.0) == "1.5 (0.0 to 3.0)"
     assert report.in_ranks(1.5, 0.2, None) == "1.5 (0.2 to ?)"

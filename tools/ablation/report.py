@@ -68,11 +68,11 @@ def shown(gain: float, half: float) -> str:
 
 def worth(runs: pd.DataFrame, method: str, r: int, loss: str) -> tuple[float | None, ...]:
     """How many more ranks of LoRA gain as much, and as much as the ends of the gain's interval: by
-    straight lines through 0 at rank r and the LoRAs whose gain is above its own interval. None
-    outside of these.
+    straight lines through 0 at rank r and the LoRAs of at most 2r whose gain is above its own
+    interval. None outside of these.
     """
     lines = [(float(r), 0.0)]
-    lora = runs[(runs["r"] == r) & runs["method"].str.startswith("lora_")]
+    lora = runs[(runs["r"] == r) & runs["method"].str.startswith("lora_") & (runs["rank"] <= 2 * r)]
     for key, own in sorted(lora.groupby("method"), key=lambda part: part[1]["rank"].iloc[0]):
         gain, half = difference(runs, key, r, loss)
         if gain > half:

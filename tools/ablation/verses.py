@@ -48,7 +48,7 @@ class Verses(Task):
 
     name = "verses"
     steps = 150
-    rates = (0.0005, 0.001, 0.002, 0.004, 0.008)
+    rates = (0.00025, 0.0005, 0.001, 0.002, 0.004, 0.008)
     rates_of_full = (0.00003, 0.0001, 0.0003, 0.001, 0.003)
     targets = r"encoder\..*\.(query|key|value|intermediate\.dense|\d+\.output\.dense)"
     trained_beside = ("head",)
