@@ -76,25 +76,63 @@ def test_what_is_said_of_the_ablation():
     from tools import rows
     from tools.ablation import report
 
-    topics = report.results(report.RESULTS, "topics")
-    for r, least, most in ((16, 4, 5), (4, 0.4, 0.6)):
-        assert least <= round(report.worth(topics, "full", r, "test"), 1) <= most
-        gain, half = report.difference(topics, "full", r, "test")
-        more, _ = report.difference(topics, "lora_half_more", r, "test")
-        assert half < gain < more
+    topics, verses = (report.results(report.RESULTS, task) for task in ("topics", "verses"))
+
+    def sure(runs, method, r):
+        gain, half = report.difference(runs, method, r, "test")
+        return (gain > half) - (gain < -half)
+
+    # Full PERA against LoRA, as it was chosen and at the default rate of h, and a larger LoRA.
+    for runs, r, of_full, of_default in (
+        *((topics, r, 1, 1) for r in (4, 8)),
+        (topics, 16, 1, 0),
+        (verses, 4, -1, 0),
+        (verses, 16, 1, 1),
+    ):
+        full = runs[(runs.method == "full") & (runs.r == r)]
+        assert len(full) == 5 and sure(runs, "full", r) == of_full
+        chosen = set(full.multiple)
+        assert (chosen == {1.0}) == ("full_default" not in set(runs[runs.r == r].method))
+        if chosen != {1.0}:
+            assert sure(runs, "full_default", r) == of_default
+        lora = runs[(runs.method == "lora") & (runs.r == r)].parameters.iloc[0]
+        assert 1.001 < full.parameters.iloc[0] / lora < 1.022
+    (multiple,) = set(verses[(verses.method == "full") & (verses.r == 4)].multiple)
+    assert multiple == 3.0 and report.difference(verses, "full_default", 4, "test")[0] < 0
+    for r, ranks, said in ((4, 0.5, "0.2"), (8, 0.8, "0.8"), (16, 4.0, "3.4")):
+        assert round(report.worth(topics, "full", r, "test")[0], 1) == ranks
+        assert report.predicted(topics, "full", r) == said
+        larger = report.difference(topics, "lora_half_more", r, "test")[0]
+        assert larger > report.difference(topics, "full", r, "test")[0]
+        one_more = report.difference(topics, "lora_parameters", r, "test")[0]
+        assert (one_more > report.difference(topics, "full", r, "test")[0]) == (r < 16)
+        square, cross, full = (
+            report.difference(topics, key, r, "test")[0] for key in ("square", "cross", "full")
+        )
+        assert 0 < square < cross and square < full
+    for r in (4, 16):
+        assert float(report.predicted(verses, "full", r)) < 0.5
+        assert sure(verses, "lora_parameters", r) == sure(verses, "lora_half_more", r) == 0
     by_rule = {
         (row["setting"], row["rule"]): row for row in rows.read(report.RESULTS / "rates.jsonl")
     }
     default = {setting: row for (setting, rule), row in by_rule.items() if rule == "default"}
     over = {s: row["validation"] - by_rule[s, "LoRA"]["validation"] for s, row in default.items()}
-    assert len(over) > 4 and over.pop("75 steps") < 0.002 and max(over.values()) < 0
+    assert len(over) == 9 and 0 < over.pop("75 steps") < 0.002 and max(over.values()) < 0
     shares = [row["shares"][-1] for row in default.values()]
     assert 0.27 < min(shares) and max(shares) < 1.6
+    every = {s: row for (s, rule), row in by_rule.items() if rule == "normalised at every step"}
+    assert all(row["validation"] < by_rule[s, "LoRA"]["validation"] for s, row in every.items())
+    assert sum(row["validation"] < default[s]["validation"] for s, row in every.items()) == 5
+    assert all(0.32 < row["shares"][-1] < 0.475 for row in every.values()) and len(every) == 9
     grown = [row["B_in_lr"] for row in default.values()]
     assert 4 < min(grown) and max(grown) < 13.5
     # Fixed multiples: next to nothing in one setting, too much in another.
-    assert by_rule["lr / 4", "30 × lr"]["shares"][-1] < 0.04
+    losses = {rule: by_rule["verses, width 384", rule]["validation"] for _, rule in by_rule}
+    assert min(losses, key=losses.get) == "30000 × lr"
     assert by_rule["width 128", "30000 × lr"]["validation"] > 4
+    assert by_rule["width 128", "30 × lr"]["shares"][-1] > 0.2
+    assert by_rule["verses, width 384", "30 × lr"]["shares"][-1] == pytest.approx(0.001, abs=5e-4)
 
 
 def test_what_is_said_of_capacity():

@@ -194,7 +194,8 @@ def summary(folder: Path) -> str:
             if not len(own):
                 continue
             more = own["parameters"].iloc[0] / base["parameters"].iloc[0] - 1
-            time = times[key, r] / times["lora", r] if (key, r) in times else None
+            timed = (key, r) in times and ("lora", r) in times
+            time = times[key, r] / times["lora", r] if timed else None
             lines.append(
                 [
                     f"{task}, r = {r}",
