@@ -233,8 +233,9 @@ def test_a_difference_to_a_run_that_diverged_is_none():
     assert math.isnan(report.difference(found, "full", 4, "test")[0])
     assert report.shown(*report.difference(found, "full", 4, "test")) == "diverged"
     # A run that is not there yet is another matter.
-    found = frame({("lora", 4): [3.0, 2.0, 4.0], ("full", 4): [2.9, 1.8]})
-    assert report.shown(*report.difference(found, "full", 4, "test")) == "+0.1500 ± 0.6353"
+    for lora, full in (([3.0, 2.0, 4.0], [2.9, 1.8]), ([3.0, 2.0], [2.9, 1.8, 9.0])):
+        found = frame({("lora", 4): lora, ("full", 4): full})
+        assert report.shown(*report.difference(found, "full", 4, "test")) == "+0.1500 ± 0.6353"
 
 
 def test_worth_in_ranks():
@@ -262,12 +263,15 @@ def test_worth_in_ranks():
     # LoRA is worth nothing, and beyond the largest nothing is known.
     assert report.worth(found, "lora", 4, "test") == (0.0, 0.0, 0.0)
     losses["cross", 4] = [loss - 0.79 + wide for loss, wide in zip(lora, spread, strict=True)]
-    assert report.worth(frame(losses), "cross", 4, "test")[2] is None
+    assert report.worth(frame(losses), "cross", 4, "test")[2] == math.inf
+    losses["cross", 4] = [loss - 0.9 for loss in lora]
+    assert report.worth(frame(losses), "cross", 4, "test") == (math.inf, math.inf, math.inf)
     # Where no LoRA is better than that of rank 4, nothing can be said.
     del losses["lora_half_more", 6], losses["lora_matched", 8]
     assert report.in_ranks(*report.worth(frame(losses), "full", 4, "test")) == "–"
     assert report.in_ranks(1.5, None, 3.0) == "1.5 (0.0 to 3.0)"
-    assert report.in_ranks(1.5, 0.2, None) == "1.5 (0.2 to ?)"
+    assert report.in_ranks(1.5, 0.2, math.inf) == "1.5 (0.2 to more)"
+    assert report.in_ranks(math.inf, 0.2, math.inf) == "more (0.2 to more)"
 
 
 def test_a_result_that_diverged_is_told_and_left_out_of_the_plots(tiny, tmp_path, monkeypatch):
@@ -285,7 +289,8 @@ def test_a_result_that_diverged_is_told_and_left_out_of_the_plots(tiny, tmp_path
     (tmp_path / "topics.jsonl").unlink()
     rows.append(tmp_path / "topics.jsonl", *(lost if row is again else row for row in found))
     assert program.main(["--report", "--out", str(tmp_path)]) == 0
-    assert "| diverged | diverged |" in report.table(tmp_path, "topics").replace("| 2.", "| ")
+    (line,) = (own for own in report.table(tmp_path, "topics").splitlines() if "PERA full |" in own)
+    assert line.count("diverged") == 4
 
 
 def test_runs_of_other_lengths_are_not_mixed(tiny, tmp_path, capsys):
@@ -448,6 +453,12 @@ def test_what_the_plots_show():
     assert above["LoRA"][0].tolist() == [1.0, 3.0] and above["LoRA"][1].tolist() == [5.0, 4.0]
     # How far below LoRA's, seed by seed.
     assert below["PERA full"][1].tolist() == [1.0, 2.0]
+    # Each has lost a seed: only the other two are of one seed.
+    of_one = shown.drop(index=[0, 2])
+    curves = figure.subplots(2, 1, squeeze=False)
+    plots.curves(curves, of_one, "topics", [2])
+    assert [line.get_label() for line in curves[0, 0].lines] == ["LoRA", "PERA full"]
+    assert "PERA full" not in {line.get_label() for line in curves[1, 0].lines}
     places = figure.subplots(1, 2)
     plots.ranks(places, shown, "topics")
     for axis, values in zip(places, ((4.0, 2.0), (4.5, 2.3)), strict=True):

@@ -262,7 +262,12 @@ def test_the_rank_at_which_a_loss_is_reached():
 
 
 def test_report_refuses_what_it_cannot_read(tmp_path, capsys):
-    for text, message in (("{", "cannot read"), ("{}", "no result of"), ("[]", "no result of")):
+    for text, message in (
+        ("{", "cannot read"),
+        ("{}", "no result of"),
+        ("[]", "no result of"),
+        ('{"methods": [null]}', "no result of"),
+    ):
         (tmp_path / "results.json").write_text(text)
         for options in ([], ["--markdown"]):
             with pytest.raises(SystemExit) as refusal:

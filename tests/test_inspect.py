@@ -244,8 +244,9 @@ class TestPicture:
         assert float(upper.sum()) == pytest.approx(total / len(modules))
 
     def test_names_are_no_formulas(self, tmp_path, capsys):
-        saved(tmp_path / "a$", model=nn.ModuleDict({"$\\frac$": plain_model()}))
-        printed(capsys, tmp_path / "a$", "--plot", tmp_path / "a.svg")
+        name = "$\\frac$"
+        saved(tmp_path / name, model=nn.ModuleDict({name: plain_model()}))
+        printed(capsys, tmp_path / name, "--plot", tmp_path / "a.svg")
         assert (tmp_path / "a.svg").exists()
 
     def test_files_that_cannot_be_drawn(self, tmp_path, capsys, monkeypatch):

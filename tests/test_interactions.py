@@ -52,12 +52,17 @@ def test_program(tmp_path, capsys, monkeypatch):
     assert "PERA full" in capsys.readouterr().out
     (tmp_path / "junk").mkdir()
     (tmp_path / "junk" / "base.pt").write_bytes(b"not a model")
-    (tmp_path / "other").mkdir()
+    for name in ("other", "none", "list"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "none" / "base.pt").touch()
+    torch.save([1], tmp_path / "list" / "base.pt")
     torch.save({"weight": torch.ones(2)}, tmp_path / "other" / "base.pt")
     for options, message in (
         ([str(tmp_path / "missing")], "No such file"),
         ([str(tmp_path / "junk")], "is no model of the fine-tune"),
-        ([str(tmp_path / "other")], "is no model of the fine-tune"),
+        ([str(tmp_path / "other")], "Missing key(s) in state_dict"),
+        ([str(tmp_path / "none")], "is no model of the fine-tune"),
+        ([str(tmp_path / "list")], "is no model of the fine-tune"),
         ([str(tmp_path), "--samples", "5000"], "5000 windows, and the text has"),
     ):
         with pytest.raises(SystemExit) as refusal:

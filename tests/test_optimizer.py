@@ -181,10 +181,13 @@ def test_an_adapter_that_goes_on_training_has_the_rate_that_it_had(init, tmp_pat
     pk.save_adapter(before, tmp_path)
     after = model()
     pk.load_adapter(after, tmp_path)
-    rates = [
-        [group["lr"] for group in coefficients(pk.parameter_groups(m, LR))] for m in (before, after)
-    ]
-    assert rates[0] == rates[1]
+    filled = adapted()
+    pk.load_adapter(filled, tmp_path)
+    rates, *others = (
+        [group["lr"] for group in coefficients(pk.parameter_groups(m, LR))]
+        for m in (before, after, filled)
+    )
+    assert others == [rates, rates]
     config = json.loads((tmp_path / "adapter_config.json").read_text())
     assert config["init_weights"] == init
 

@@ -78,8 +78,10 @@ def test_what_is_said_of_the_ablation():
 
     topics, verses = (report.results(report.RESULTS, task) for task in ("topics", "verses"))
 
-    def sure(runs, method, r):
-        gain, half = report.difference(runs, method, r, "test")
+    def sure(runs, method, r, other="lora"):
+        """Whether the method's test loss is below the other's, for sure: 1, 0 or -1."""
+        own = runs[(runs.r == r) & runs.method.isin((method, other))]
+        gain, half = report.difference(own.replace({"method": {other: "lora"}}), method, r, "test")
         return (gain > half) - (gain < -half)
 
     # Full PERA against LoRA, as it was chosen and at the default rate of h, and a larger LoRA.
@@ -104,12 +106,13 @@ def test_what_is_said_of_the_ablation():
         assert report.predicted(topics, "full", r) == said
         larger = report.difference(topics, "lora_half_more", r, "test")[0]
         assert larger > report.difference(topics, "full", r, "test")[0]
-        one_more = report.difference(topics, "lora_parameters", r, "test")[0]
-        assert (one_more > report.difference(topics, "full", r, "test")[0]) == (r < 16)
+        assert sure(topics, "lora_parameters", r, "full") == {4: 1, 8: 0, 16: -1}[r]
+        assert sure(topics, "cross", r, "full") == 0
         square, cross, full = (
             report.difference(topics, key, r, "test")[0] for key in ("square", "cross", "full")
         )
         assert 0 < square < cross and square < full
+    assert [sure(verses, "cross", r, "full") for r in (4, 16)] == [1, 0]
     for r in (4, 16):
         assert float(report.predicted(verses, "full", r)) < 0.5
         assert sure(verses, "lora_parameters", r) == sure(verses, "lora_half_more", r) == 0
@@ -130,7 +133,12 @@ def test_what_is_said_of_the_ablation():
     # Fixed multiples: next to nothing in one setting, too much in another.
     losses = {rule: by_rule["verses, width 384", rule]["validation"] for _, rule in by_rule}
     assert min(losses, key=losses.get) == "30000 × lr"
-    assert by_rule["width 128", "30000 × lr"]["validation"] > 4
+    widths = ("width 64", "width 128", "width 256")
+    assert all(by_rule[width, "30000 × lr"]["validation"] > 4 for width in widths)
+    # Far below LoRA's best lr, the higher the rate of h the better.
+    rising = ("LoRA", "30 × lr", "1000 × lr", "default", "30000 × lr")
+    losses = [by_rule["lr / 4", rule]["validation"] for rule in rising]
+    assert losses == sorted(losses, reverse=True)
     assert by_rule["width 128", "30 × lr"]["shares"][-1] > 0.2
     assert by_rule["verses, width 384", "30 × lr"]["shares"][-1] == pytest.approx(0.001, abs=5e-4)
 

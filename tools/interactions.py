@@ -78,8 +78,8 @@ def measured(folder: Path, samples: int) -> dict[str, Tensor]:
         model = ByteTransformer()
         try:
             model.load_state_dict(torch.load(folder / "base.pt", weights_only=True))
-        except (KeyError, RuntimeError, UnpicklingError) as error:
-            reason = str(error).splitlines()[0]
+        except (EOFError, KeyError, RuntimeError, TypeError, UnpicklingError) as error:
+            reason = " ".join(str(error).split()) or "it is empty"
             raise ValueError(
                 f"{folder / 'base.pt'} is no model of the fine-tune: {reason}"
             ) from error

@@ -23,6 +23,8 @@ def read(path: Path) -> list[dict[str, Any]]:
     text = path.read_text(encoding="utf-8") if path.exists() else ""
     found = []
     for number, line in enumerate(text.splitlines(), start=1):
+        if not line:
+            continue
         try:
             found.append(json.loads(line))
         except ValueError as error:

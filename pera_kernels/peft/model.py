@@ -6,7 +6,7 @@ import copy
 import math
 import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
 from typing import Any
 
@@ -105,11 +105,12 @@ class PeraModel(BaseTuner):
             parts = PeraLayer.adapter_layer_names
             modules = [key.removesuffix(h) for key in found if key.endswith(h)]
             keys = [[f"{module}.{part}.{adapter_name}" for part in parts] for module in modules]
-            # Nothing is said of what is missing, sharded or elsewhere.
-            there = (found.get(key) for own in keys for key in own)
+            there = [found.get(key) for own in keys for key in own]
+            # Nothing is said of what is missing, sharded or elsewhere, nor is saving refused.
             if all(type(p) is torch.Tensor and not p.is_meta for p in there):
                 adapters = ([found[key] for key in own] for own in keys)
-                warn_of_idle_products((A, B, h, config.terms) for A, B, h in adapters)
+                with suppress(TypeError, ValueError):
+                    warn_of_idle_products((A, B, h, config.terms) for A, B, h in adapters)
         return found
 
     @classmethod

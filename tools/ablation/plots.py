@@ -24,11 +24,12 @@ def draw(runs: pd.DataFrame, folder: Path, task: str) -> None:
     if not len(runs):
         return
     present = sorted(runs.loc[runs["method"].isin(COLOURS) & (runs["r"] > 0), "r"].unique())
-    size = (5.5 * len(present), 7)
-    with drawing(folder / f"{task}-curves.svg", nrows=2, ncols=len(present), figsize=size) as axes:
-        curves(axes, runs, task, present)
-    with drawing(folder / f"{task}-ranks.svg", ncols=2, figsize=(11, 4)) as (axes,):
-        ranks(axes, runs, task)
+    if present:
+        size, name = (5.5 * len(present), 7), f"{task}-curves.svg"
+        with drawing(folder / name, nrows=2, ncols=len(present), figsize=size) as axes:
+            curves(axes, runs, task, present)
+        with drawing(folder / f"{task}-ranks.svg", ncols=2, figsize=(11, 4)) as (axes,):
+            ranks(axes, runs, task)
     if "spectra" in runs and runs["spectra"].notna().any():
         with drawing(folder / f"{task}-spectra.svg", figsize=(7, 4.5)) as ((axis,),):
             spectra(axis, runs, task)
@@ -37,16 +38,19 @@ def draw(runs: pd.DataFrame, folder: Path, task: str) -> None:
 def curves(axes, runs, task, present):  # type: ignore[no-untyped-def]
     """Training losses and, seed by seed, how far below LoRA's: mean and standard error."""
     for (above, below), r in zip(axes.T, present, strict=True):
-        own = runs[runs["r"] == r].sort_values("seed")
+        own = runs[runs["r"] == r].set_index("seed").sort_index()
         by_method = {key: own[own["method"] == key] for key in COLOURS}
-        by_method = {key: part for key, part in by_method.items() if len(part)}
-        lora = np.array(by_method["lora"]["curve"].tolist()) if "lora" in by_method else None
+        lora = by_method["lora"]["curve"]
         for key, part in by_method.items():
+            if not len(part):
+                continue
             losses = np.array(part["curve"].tolist())
             steps = (np.arange(losses.shape[1]) + 0.5) * part["steps"].iloc[0] / losses.shape[1]
             band(above, steps, losses, key)
-            if lora is not None and key != "lora" and lora.shape == losses.shape:
-                band(below, steps, lora - losses, key)
+            seeds = lora.index.intersection(part.index)
+            if key != "lora" and len(seeds):
+                gains = [np.subtract(lora[seed], part["curve"][seed]) for seed in seeds]
+                band(below, steps, np.array(gains), key)
         above.set(title=f"{task}, rank {r}", ylabel="training loss", xlabel="step")
         below.set(ylabel="LoRA's loss less the method's", xlabel="step")
         below.axhline(0, color=COLOURS["lora"], linewidth=1)

@@ -52,11 +52,12 @@ def mean(values: pd.Series, digits: int = 4) -> str:
 
 def difference(runs: pd.DataFrame, method: str, r: int, loss: str) -> tuple[float, float]:
     """The mean of LoRA's loss less the method's, seed by seed at one rank, and the half width of
-    its 95 % interval (Student's t); NaN where one of the runs diverged.
+    its 95 % interval (Student's t), over seeds that both have; NaN where one of the runs diverged.
     """
-    own = runs[runs["r"] == r].pivot(index="seed", columns="method", values=loss)
-    both = own.loc[runs.loc[(runs["r"] == r) & (runs["method"] == method), "seed"]]
-    gains = both["lora"] - both[method]
+    by_method = runs[runs["r"] == r].set_index(["method", "seed"])[loss]
+    lora, own = by_method["lora"], by_method[method]
+    seeds = lora.index.intersection(own.index)
+    gains = lora[seeds] - own[seeds]
     half = STUDENT[len(gains) - 2] * gains.sem() if len(gains) > 1 else math.nan
     return float(gains.mean(skipna=False)), float(half)
 
@@ -69,7 +70,7 @@ def shown(gain: float, half: float) -> str:
 def worth(runs: pd.DataFrame, method: str, r: int, loss: str) -> tuple[float | None, ...]:
     """How many more ranks of LoRA gain as much, and as much as the ends of the gain's interval: by
     straight lines through 0 at rank r and the LoRAs of at most 2r whose gain is above its own
-    interval. None outside of these.
+    interval. None below 0 or without such a LoRA; infinite beyond the largest.
     """
     lines = [(float(r), 0.0)]
     lora = runs[(runs["r"] == r) & runs["method"].str.startswith("lora_") & (runs["rank"] <= 2 * r)]
@@ -78,8 +79,15 @@ def worth(runs: pd.DataFrame, method: str, r: int, loss: str) -> tuple[float | N
         if gain > half:
             lines.append((float(own["rank"].iloc[0]), -gain))
     gain, half = difference(runs, method, r, loss)
-    found = (crossing(lines, -reached) for reached in (gain, gain - half, gain + half))
-    return tuple(None if rank is None else rank - r for rank in found)
+    beyond = math.inf if len(lines) > 1 else None
+
+    def ranks(reached: float) -> float | None:
+        if reached > -min(loss for _, loss in lines):
+            return beyond
+        found = crossing(lines, -reached)
+        return None if found is None else found - r
+
+    return ranks(gain), ranks(gain - half), ranks(gain + half)
 
 
 def table(folder: Path, task: str) -> str:
@@ -137,7 +145,10 @@ def in_ranks(ranks: float | None, least: float | None, most: float | None) -> st
     """A worth with its interval, which begins at nothing and may have no end."""
     if ranks is None:
         return "–"
-    return f"{ranks:.1f} ({least or 0.0:.1f} to {'?' if most is None else f'{most:.1f}'})"
+    told = (
+        "more" if value == math.inf else f"{value or 0.0:.1f}" for value in (ranks, least, most)
+    )
+    return "{} ({} to {})".format(*told)
 
 
 def predicted(runs: pd.DataFrame, method: str, r: int) -> str:

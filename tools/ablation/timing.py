@@ -23,7 +23,12 @@ WARM = 5
 
 
 def measure(task: Task, ranks: Sequence[int], file: Path, turns: int = TURNS) -> None:
-    """Add a row for each method: the median of its steps, forward, backward and optimizer."""
+    """Add a row for each method: the median of its steps, forward, backward and optimizer.
+
+    Raises:
+        RowsError: the file is damaged.
+    """
+    rows.read(file)
     compared = [method for r in ranks for method in methods(task, r)]
     steps = []
     for method in compared:

@@ -121,7 +121,7 @@ def notes(results: Results) -> list[str]:
         f"{settings['steps']} steps of {settings['batch']} windows, lr {settings['lr']:g}, lr of h "
         f"{rule}, seed {settings['seed']}: one seed, so read small differences as noise.",
         "Equals LoRA: the rank at which straight lines between the LoRAs' held-out losses reach "
-        "this one; a dash where none does.",
+        "this one, without a LoRA that is no better than a smaller one; a dash where none does.",
         "Share: mean of ‖ΔW_quad‖/‖BA‖ over the adapted layers. Step: median. "
         f"Peak: {memory}. Merged Δ: the largest difference that merge() makes to a logit, relative "
         f"to the largest logit; to the held-out bits per byte, at most {change}.",
@@ -205,7 +205,7 @@ def main(arguments: list[str] | None = None) -> int:
             print_report(results)
     except (OSError, ValueError) as error:
         parser.error(f"cannot read {options.results}: {error}")
-    except (KeyError, TypeError) as error:
+    except (AttributeError, KeyError, TypeError) as error:
         parser.error(f"{options.results} is no result of tools.finetune: {error!r}")
     return 0
 
