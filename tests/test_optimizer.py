@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 import pera_kernels as pk
+from pera_kernels.adapters import checkpoint, load
 
 LR = 1e-3
 
@@ -190,6 +191,13 @@ def test_an_adapter_that_goes_on_training_has_the_rate_that_it_had(init, tmp_pat
     assert others == [rates, rates]
     config = json.loads((tmp_path / "adapter_config.json").read_text())
     assert config["init_weights"] == init
+    # Files of old do not say how A began: a layer keeps its own.
+    read = checkpoint.read_adapter(tmp_path)
+    for options in read.options.values():
+        assert options.pop("init") == init
+    own = adapted(init="gaussian")
+    load.place(own, read, True, True, "auto", None)
+    assert {layer.init for layer in pk.adapted_modules(own).values()} == {"gaussian"}
 
 
 class TestWarning:

@@ -135,3 +135,21 @@ def test_what_is_not_finite_is_nan():
     assert sigma.isnan().all()
     assert math.isnan(spectrum.effective_rank(sigma))
     assert math.isnan(spectrum.error_of_rank(sigma, 2))
+
+
+@pytest.mark.parametrize("terms", TERMS)
+def test_nothing_depends_on_the_default_device(terms):
+    lora_A, lora_B, _ = problem(terms)
+
+    def numbers():
+        sigma = spectrum.singular_values(lora_A, lora_B)
+        norms = spectrum.term_norms(lora_A, lora_B)
+        return (
+            spectrum.part_norms(lora_A, lora_B, 4, terms),
+            spectrum.interaction(norms, 4, terms).tolist(),
+            spectrum.log_slope(sigma),
+        )
+
+    expected = numbers()
+    with torch.device("meta"):
+        assert numbers() == expected

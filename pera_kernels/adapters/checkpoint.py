@@ -55,9 +55,9 @@ PREFIX = "base_model.model."
 class AdapterFile:
     """An adapter that was read and checked, and is in no model yet.
 
-    ``options`` has r, alpha, terms, dropout and init of every module, ``tensors`` its A, B and h,
-    and ``parameters`` what else is in the file, by its name in a model without adapters: what
-    trained beside them, and what is ``frozen`` and was saved all the same.
+    ``options`` has r, alpha, terms, dropout and, where the file says it, init of every module,
+    ``tensors`` its A, B and h, and ``parameters`` what else is in the file, by its name in a model
+    without adapters: what trained beside them, and what is ``frozen`` and was saved all the same.
     """
 
     path: Path
@@ -329,10 +329,9 @@ def _from_own(config: Mapping[str, Any], tensors: Mapping[str, torch.Tensor], pa
         )
     options = {}
     for name in by_module:
+        own = {**config, **others.get(name, {})}
         # Files of old do not say how A began.
-        common = {"init": "kaiming", **{key: config[key] for key in OPTIONS if key in config}}
-        own = {**dict.fromkeys(OPTIONS), **common, **others.get(name, {})}
-        options[name] = {key: own[key] for key in OPTIONS}
+        options[name] = {key: own.get(key) for key in OPTIONS if key in own or key != "init"}
     return options, by_module, beside, set(listed["with_trained"])
 
 
@@ -405,7 +404,7 @@ def check_modules(
             told["r"] = r
             if told["alpha"] is None or isinstance(told["dropout"], bool):
                 raise TypeError(f"alpha and dropout must be numbers; got {told!r}")
-            AdapterOptions(r, told["alpha"], told["terms"], told["dropout"], told["init"])
+            AdapterOptions(**told)
         except (TypeError, ValueError) as error:
             raise ValueError(f"{where}: {error}") from error
 

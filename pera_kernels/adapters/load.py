@@ -234,14 +234,11 @@ def _fill(model: nn.Module, adapter: AdapterFile, strict: bool, overwrite: bool)
     for name in both:
         with naming(name):
             layers[name].check_unmergeable()
-    # Files of old do not say how A began.
-    told = not adapter.config.keys().isdisjoint(("init", "init_weights"))
     moved = [(own, tensor.to(own.device, own.dtype)) for own, tensor in pairs]
     for name in both:
         layers[name].unmerge()
         layers[name].alpha = float(adapter.options[name]["alpha"])
-        if told:
-            layers[name].init = adapter.options[name]["init"]
+        layers[name].init = adapter.options[name].get("init", layers[name].init)
     _copy(moved)
     others.write()
     return Incompatible(missing_keys, unexpected_keys)

@@ -47,8 +47,8 @@ def parameter_groups(
     A product of factor entries is far smaller than the entries, so an ``h`` that moves at ``lr``
     changes nothing. By default every layer's h moves as a coefficient of normalised products would
     at a tenth of ``lr``: h = q / (rms(A) β²), where β = 8 ``lr`` is what entries of B grow to.
-    That is a rate of 0.1 ``lr`` / (rms(A) β²) for h. It was tried at widths, ranks and lengths that
-    differ, with ``lr`` near LoRA's best; far below it B outgrows β, and the products BA
+    That is a rate of 0.1 ``lr`` / (rms(A) β²) for h. It was tried at several widths, ranks and
+    lengths with ``lr`` near LoRA's best; at a quarter of that, B outgrows β, and the products BA
     (docs/choosing.md). :meth:`PeraLinear.quadratic_share` is the gauge; to change it, multiply
     ``group["lr"]`` of the groups named ``"coefficients"``.
 
@@ -143,9 +143,9 @@ def rates_of_h(lr: float, lr_h: float | None, eps: float | None, rms_A: float) -
     return rates if eps is None else {**rates, "eps": eps * size}
 
 
-def warn_of_idle_products(adapters: Iterable[tuple[Tensor, Tensor, Tensor | None, Terms]]) -> None:
+def warn_of_idle_products(adapters: Iterable[tuple[Tensor, Tensor, Tensor, Terms]]) -> None:
     """Warn where the products of trained A, B, h, terms are next to nothing beside BA in all."""
-    trained = [own for own in adapters if own[2] is not None and own[1].any()]
+    trained = [own for own in adapters if own[1].any()]
     # The first layer whose products count ends it.
     if trained and all(quadratic_share(*own) < NEGLIGIBLE for own in trained):
         warnings.warn(

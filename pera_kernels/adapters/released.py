@@ -77,7 +77,6 @@ def load_released(
             "alpha": float(r) if alpha is None else alpha,
             "terms": "full",
             "dropout": 0.0,
-            "init": "kaiming",
         }
     check_modules(options, by_module, file)
     adapter = AdapterFile(file, options, by_module)

@@ -80,7 +80,7 @@ def log_slope(sigma: torch.Tensor) -> float:
     y = head[head > 0.0].log()
     if len(y) < 2:
         return torch.nan
-    x = torch.arange(1, len(y) + 1, dtype=torch.float64).log()
+    x = torch.arange(1, len(y) + 1, dtype=torch.float64, device=y.device).log()
     x = x - x.mean()
     return float((x * y).sum() / x.square().sum())
 
@@ -101,12 +101,13 @@ def part_norms(
     square and cross together, the products; None for a part that ``terms`` leaves out.
     """
     A, B = lora_A.double(), lora_B.double()
-    i, j = pair_rows(r, terms)
+    i, j = pair_rows(r, terms, A.device)
+    order = torch.arange(len(A), device=A.device)
     parts = {
-        "linear": torch.arange(r),
+        "linear": order[:r],
         "square": r + (i == j).nonzero()[:, 0],
         "cross": r + (i != j).nonzero()[:, 0],
-        "products": torch.arange(r, len(A)),
+        "products": order[r:],
     }
     return {
         part: product_norm(B[:, own], A[own]) if len(own) else None for part, own in parts.items()
@@ -127,7 +128,7 @@ def interaction(norms: torch.Tensor, r: int, terms: Terms) -> torch.Tensor:
     The order of an adapter's directions means nothing; here the strongest b_i a_iᵀ comes first, so
     that matrices of several modules can be averaged.
     """
-    i, j = pair_rows(r, terms)
+    i, j = pair_rows(r, terms, norms.device)
     matrix = norms.new_zeros(r, r)
     matrix[i, j] = matrix[j, i] = norms[r:]
     order = norms[:r].argsort(descending=True)

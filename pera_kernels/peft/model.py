@@ -6,7 +6,7 @@ import copy
 import math
 import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -105,12 +105,10 @@ class PeraModel(BaseTuner):
             parts = PeraLayer.adapter_layer_names
             modules = [key.removesuffix(h) for key in found if key.endswith(h)]
             keys = [[f"{module}.{part}.{adapter_name}" for part in parts] for module in modules]
-            there = [found.get(key) for own in keys for key in own]
-            # Nothing is said of what is missing, sharded or elsewhere, nor is saving refused.
-            if all(type(p) is torch.Tensor and not p.is_meta for p in there):
+            # The state dict may be a caller's own, and PEFT does not judge such.
+            if all(_is_whole(*map(found.get, own)) for own in keys):
                 adapters = ([found[key] for key in own] for own in keys)
-                with suppress(TypeError, ValueError):
-                    warn_of_idle_products((A, B, h, config.terms) for A, B, h in adapters)
+                warn_of_idle_products((A, B, h, config.terms) for A, B, h in adapters)
         return found
 
     @classmethod
@@ -495,3 +493,10 @@ def _with_names(
     names: list[str], layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
     return args, {**kwargs, "adapter_names": names}
+
+
+def _is_whole(*parts: torch.Tensor | None) -> bool:
+    """Whether A, B and h are all there: not sharded, packed, in two dtypes, or on no device."""
+    dims = [p.dim() for p in parts if type(p) is torch.Tensor and not p.is_meta]
+    dtypes = {p.dtype for p in parts if p is not None}
+    return dims == [2, 2, 1] and len(dtypes) == 1 and dtypes.pop().is_floating_point

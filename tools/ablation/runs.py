@@ -17,7 +17,7 @@ import pera_kernels as pk
 from pera_kernels.cli import describe
 from pera_kernels.terms import coefficient_count, expanded_rank
 from tools.ablation.task import Task
-from tools.finetune.train import matched_rank, warmup_then_cosine
+from tools.finetune.train import distinct, matched_rank, warmup_then_cosine
 
 __all__ = ["FULL", "LABELS", "Method", "Row", "Trial", "methods", "remaining", "train"]
 
@@ -92,9 +92,7 @@ def methods(task: Task, r: int) -> list[Method]:
         Method("lora_half_more", r, "linear", math.ceil(1.5 * r)),
         Method("lora_expanded", r, "linear", expanded_rank(r)),
     ]
-    # At the smallest ranks two of the LoRAs are one.
-    distinct = {(method.terms, method.rank): method for method in reversed(found)}
-    return [m for m in found if m.rank < task.width and distinct[m.terms, m.rank] is m]
+    return [method for method in distinct(found) if method.rank < task.width]
 
 
 def adapted(task: Task, **options: Any) -> tuple[nn.Module, dict[str, pk.PeraLinear]]:

@@ -28,7 +28,7 @@ def measure(task: Task, ranks: Sequence[int], file: Path, turns: int = TURNS) ->
     Raises:
         RowsError: the file is damaged.
     """
-    rows.read(file)
+    rows.read(file)  # before minutes of work
     compared = [method for r in ranks for method in methods(task, r)]
     steps = []
     for method in compared:

@@ -3,7 +3,7 @@
 import copy
 import math
 import statistics
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
@@ -85,14 +85,17 @@ def methods_to_compare(settings: Settings, model: nn.Module) -> list[Method]:
         Method("pera_cross", "PERA cross-only", "cross", rank),
         Method("pera_full", "PERA full", "full", rank),
     ]
-    ranks = [method.rank for method in methods[:2]]
-    return [
-        method
-        for method in methods
-        # At the smallest ranks half as many again is what PERA's parameters buy.
-        if method.terms in settings.terms
-        and not (method.key == "lora_half_more" and method.rank in ranks)
-    ]
+    return [method for method in distinct(methods) if method.terms in settings.terms]
+
+
+def distinct(methods: Iterable[Any]) -> list[Any]:
+    """The first method of each rank and terms: at the smallest ranks half as many again is what
+    PERA's parameters buy.
+    """
+    found: dict[tuple[str | None, int], Any] = {}
+    for method in methods:
+        found.setdefault((method.terms, method.rank), method)
+    return list(found.values())
 
 
 def matched_rank(shapes: Sequence[Sequence[int]], rank: int) -> int:
