@@ -90,7 +90,7 @@ def build_parser() -> Parser:
     count = whole_number(1)
     add("--rank", count, 16, "rank of the adapters")
     terms = f"which adapters to train, of {','.join(TERMS)}; linear is LoRA: at this rank, with "
-    terms += "as many parameters as PERA, and with half as many ranks again"
+    terms += "as many parameters as PERA, and with a quarter and half as many ranks more"
     add("--terms", term_names, "linear,square,full", terms)
     add("--steps", count, 300, "steps of adaptation")
     add("--pretrain-steps", count, 700, "steps of training the base model")
