@@ -73,13 +73,17 @@ def row_keys(seed: torch.Tensor, T: int) -> tuple[torch.Tensor, torch.Tensor]:
     return key_0.unsqueeze(1), key_1.unsqueeze(1)
 
 
-def keep_mask(seed: torch.Tensor, T: int, N: int, p: float) -> torch.Tensor:
-    """Boolean ``(T, N)`` mask of the elements that survive dropout with probability ``1 - p``."""
+def keep_mask(seed: torch.Tensor, T: int, N: int, p: float, first: int = 0) -> torch.Tensor:
+    """Boolean ``(T, N)`` mask of the elements that survive dropout with probability ``1 - p``, of
+    the columns from ``first`` on.
+    """
     key_0, key_1 = row_keys(seed, T)
-    pairs = (N + 1) // 2
-    x = torch.arange(pairs, dtype=torch.int32, device=seed.device).unsqueeze(0).bitwise_xor(key_0)
+    start, end = first // 2, (first + N + 1) // 2
+    pairs = torch.arange(start, end, dtype=torch.int32, device=seed.device)
+    x = pairs.unsqueeze(0).bitwise_xor(key_0)
     _xorshift(x, 16).mul_(_signed(MULTIPLY_1)).bitwise_xor_(key_1)
     _xorshift(x, 15).mul_(_signed(MULTIPLY_2))
     x = _xorshift(x, 16)
     low, high = x.bitwise_and(0xFFFF), x.bitwise_right_shift(LOT_BITS).bitwise_and_(0xFFFF)
-    return torch.stack((low, high), dim=2).view(T, 2 * pairs)[:, :N] >= drop_threshold(p)
+    lots = torch.stack((low, high), dim=2).view(T, 2 * (end - start))
+    return lots[:, first - 2 * start :][:, :N] >= drop_threshold(p)

@@ -74,14 +74,24 @@ def pera_linear(
     return apply(x, Base(weight, bias), Factors(A, B, h), options)
 
 
-def apply(x: torch.Tensor, base: Base, adapter: Factors, options: Options) -> torch.Tensor:
-    """:func:`pera_linear` on a dense weight or on the output of any base layer."""
+def apply(
+    x: torch.Tensor,
+    base: Base,
+    adapter: Factors,
+    options: Options,
+    seed: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """:func:`pera_linear` on a dense weight or on the output of any base layer.
+
+    ``seed`` is that of the dropout; None means a new one.
+    """
     checks.check_adapter(*adapter, options.terms)
     checks.check_options(options)
     checks.check_input(x, base, adapter)
     x, base = _as_autocast_says(x, base)
     options = _chosen(options, x, base, adapter)
-    seed = draw_seed(x.device) if options.dropout_p > 0.0 else None
+    if seed is None and options.dropout_p > 0.0:
+        seed = draw_seed(x.device)
     with without_autocast(x.device.type):
         if options.backend == "reference":
             y = _reference(tokens(x), rows_of(base, x.dtype), adapter, seed, options)

@@ -8,6 +8,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
+from .sharded import is_dtensor, is_partition
+
 __all__ = ["Span", "Tie", "overlap", "refuse_tied", "span_of"]
 
 
@@ -20,7 +22,11 @@ class Span(NamedTuple):
 
 
 def span_of(tensor: Any) -> Span | None:
-    """Where a tensor lies; None without memory of its own kind, that can be compared."""
+    """Where a tensor lies; None without memory of its own kind, that can be compared. A shard or a
+    partition stands for itself.
+    """
+    if is_dtensor(tensor) or is_partition(tensor):
+        return Span(id(tensor), 0, 1)
     if type(tensor) not in (torch.Tensor, nn.Parameter):
         return None
     if not tensor.numel() or tensor.device.type == "meta" or tensor.layout != torch.strided:

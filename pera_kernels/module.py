@@ -19,10 +19,25 @@ from .checks import FLOATING
 from .linear import features, is_plain_linear, unobserved
 from .memory import Tie, refuse_tied
 from .operands import Base, Factors, Options
+from .sharded import (
+    factors_of_part,
+    here,
+    is_dtensor,
+    is_offloaded,
+    is_partition,
+    kept,
+    like,
+    put_back,
+    whole,
+    write,
+)
 from .switch import Switch
 from .terms import Terms, check_rank, check_terms, coefficient_count
 
-__all__ = ["AdapterOptions", "PeraLinear"]
+__all__ = ["PARTS", "AdapterOptions", "PeraLinear"]
+
+# The parameters of an adapter.
+PARTS = ("pera_A", "pera_B", "pera_h")
 
 
 @dataclass(frozen=True)
@@ -235,15 +250,23 @@ class PeraLinear(nn.Module):
         """s = alpha / r."""
         return self.alpha / self.r
 
+    @torch.no_grad()
     def reset_adapter(self) -> None:
         """Initialise A as ``init`` says, B and h with zero: the adapter changes nothing yet."""
-        if self.init == "kaiming":
-            nn.init.kaiming_uniform_(self.pera_A, a=math.sqrt(5))
-        else:
-            nn.init.normal_(self.pera_A, std=1.0 / self.r)
-        nn.init.zeros_(self.pera_B)
-        if self.pera_h is not None:
-            nn.init.zeros_(self.pera_h)
+        with here(self, PARTS, written=True):
+            A: torch.Tensor = self.pera_A
+            if is_dtensor(A):
+                # Processes of one seed have the A that a single process draws.
+                A = torch.empty(A.shape, device=A.device, dtype=A.dtype)
+            if self.init == "kaiming":
+                nn.init.kaiming_uniform_(A, a=math.sqrt(5))
+            else:
+                nn.init.normal_(A, std=1.0 / self.r)
+            if A is not self.pera_A:
+                write(self, "pera_A", A)
+            nn.init.zeros_(self.pera_B)
+            if self.pera_h is not None:
+                nn.init.zeros_(self.pera_h)
 
     def reset_parameters(self) -> None:
         """Initialise the layer anew: weight and bias as ``nn.Linear`` does, and the adapter."""
@@ -292,10 +315,28 @@ class PeraLinear(nn.Module):
             return None
         return self._base(x), self._factors(), self._options()
 
+    def whole_factors(self) -> Factors:
+        """A, B and h, also of a layer that is sharded or offloaded. Of a sharded one they are
+        gathered: a call for every process that holds a part.
+        """
+        with here(self, PARTS):
+            A, B, h = self._factors()
+            return Factors(whole(A), whole(B), None if h is None else whole(h))
+
     def delta_weight(self) -> torch.Tensor:
-        """ΔW ``(M, N)`` in the adapter's dtype, differentiable in A, B and h."""
+        """ΔW ``(M, N)`` in the adapter's dtype, differentiable in A, B and h.
+
+        Of a sharded layer the whole, from :meth:`whole_factors`; under ZeRO-3 without gradients.
+
+        Raises:
+            RuntimeError: it would have gradients under ZeRO-3.
+        """
+        if is_partition(self.pera_A) and torch.is_grad_enabled():
+            raise RuntimeError(
+                "delta_weight has no gradient under ZeRO-3: call it within torch.no_grad()"
+            )
         return functional.delta_weight(
-            *self._factors(),
+            *self.whole_factors(),
             scale=self.scale,
             terms=self.terms,
             backend=self.backend,
@@ -303,15 +344,22 @@ class PeraLinear(nn.Module):
 
     def _adapter(self) -> Adapter:
         """The adapter as it is now."""
-        return Adapter(self._factors(), self.scale, self.terms)
+        return Adapter(self.whole_factors(), self.scale, self.terms)
 
     @torch.no_grad()
     def _exact_delta(self, adapter: Adapter) -> torch.Tensor:
-        """ΔW in float32 (float64 for a float64 weight), the precision of a merge."""
+        """ΔW in float32 (float64 for a float64 weight), the precision of a merge; sharded as the
+        weight is.
+        """
         factors, scale, terms = adapter
-        return functional.exact_delta_weight(
-            factors, scale=scale, terms=terms, like=self.weight, backend=self.backend
+        delta = functional.exact_delta_weight(
+            factors_of_part(factors, self.weight),
+            scale=scale,
+            terms=terms,
+            like=self.weight,
+            backend=self.backend,
         )
+        return like(self.weight, delta)
 
     @torch.no_grad()
     def base_weight(self) -> torch.Tensor:
@@ -319,7 +367,7 @@ class PeraLinear(nn.Module):
         if not self.merged:
             return self.weight
         if self.merged_base is not None:
-            return self.merged_base
+            return like(self.weight, self.merged_base)
         assert self._added is not None
         delta = self._exact_delta(self._added)
         return (self.weight.to(delta.dtype) - delta).to(self.weight.dtype)
@@ -333,20 +381,25 @@ class PeraLinear(nn.Module):
             ValueError: A, B and h do not fit, or with ``safe``, the result is not finite.
         """
         self.check_plain_weight()
-        self.check_fit()
-        delta = self._exact_delta(self._adapter())
+        with here(self, ["weight"]):
+            return self._merged_weight(self._adapter(), safe)
+
+    def _merged_weight(self, adapter: Adapter, safe: bool) -> torch.Tensor:
+        self.check_fit(adapter.factors)
+        delta = self._exact_delta(adapter)
         merged = delta.add_(self.base_weight()).to(self.weight.dtype)
-        if safe and merged.device.type != "meta" and not torch.isfinite(merged).all():
-            count = int((~torch.isfinite(merged)).sum())
-            raise ValueError(
-                f"merging would make {count} of {merged.numel()} weights infinite or NaN; the "
-                "weight is unchanged (merge(safe=False) merges all the same)"
-            )
+        if safe and merged.device.type != "meta":
+            count = int(whole((~torch.isfinite(merged)).sum()))
+            if count:
+                raise ValueError(
+                    f"merging would make {count} of {merged.numel()} weights infinite or NaN; the "
+                    "weight is unchanged (merge(safe=False) merges all the same)"
+                )
         return merged
 
-    def check_fit(self) -> None:
+    def check_fit(self, factors: Factors) -> None:
         """Raise if A, B and h, which may have been replaced, do not fit each other or the layer."""
-        A, B, h = self._factors()
+        A, B, h = factors
         checks.check_adapter(A, B, h, self.terms)
         has, wants = (A.shape[1], B.shape[0]), (self.in_features, self.out_features)
         if A.shape[0] != self.r:
@@ -392,17 +445,21 @@ class PeraLinear(nn.Module):
         if self.merged:
             return
         refuse_tied(self.weight, self.tied)
-        merged = self.merged_weight(safe)
-        factors, scale, terms = self._adapter()
-        kept = [self.weight] if keep_base else list(factors)
-        # A copy that is made in inference mode could not be used outside of it.
-        with torch.inference_mode(False):
-            copies = [None if t is None else t.detach().clone() for t in kept]
-        self.weight.copy_(merged)
+        self.check_plain_weight()
+        with here(self, ["weight"], written=True):
+            adapter = self._adapter()
+            merged = self._merged_weight(adapter, safe)
+            own = [kept(self.weight)] if keep_base else list(adapter.factors)
+            # What accelerate offloads does not come to stay.
+            place = "cpu" if is_offloaded(self) else merged.device
+            # A copy that is made in inference mode could not be used outside of it.
+            with torch.inference_mode(False):
+                copies = [None if t is None else t.detach().to(place, copy=True) for t in own]
+            self.weight.copy_(merged)
         if keep_base:
             (self.merged_base,) = copies
         else:
-            self._added = Adapter(Factors(*copies), scale, terms)  # type: ignore[arg-type]
+            self._added = adapter._replace(factors=Factors(*copies))  # type: ignore[arg-type]
         self.merged = True
 
     @torch.no_grad()
@@ -413,7 +470,11 @@ class PeraLinear(nn.Module):
         if not self.merged:
             return
         self.check_plain_weight()
-        self.weight.copy_(self.base_weight())
+        with here(self, ["weight"], written=True):
+            if self.merged_base is None:
+                self.weight.copy_(self.base_weight())
+            else:
+                put_back(self.weight, self.merged_base)
         self.merged_base = self._added = None
         self.merged = False
 
@@ -439,7 +500,7 @@ class PeraLinear(nn.Module):
         0 where there are no products or they vanish, inf where BA alone vanishes, NaN where a
         parameter is NaN.
         """
-        return quadratic_share(self.pera_A, self.pera_B, self.pera_h, self.terms)
+        return quadratic_share(*self.whole_factors(), self.terms)
 
     def _save_to_state_dict(
         self, destination: dict[str, Any], prefix: str, keep_vars: bool

@@ -68,3 +68,23 @@ def together(monkeypatch):
 
     monkeypatch.setattr(functional, "apply_together", counted)
     return sizes
+
+
+def _ranks(count):
+    from tests.ranks import Ranks
+
+    ranks = Ranks(count)
+    yield ranks
+    ranks.stop()
+
+
+@pytest.fixture(scope="session")
+def two_ranks():
+    """Two processes over gloo."""
+    yield from _ranks(2)
+
+
+@pytest.fixture(scope="session")
+def four_ranks():
+    """Four processes over gloo."""
+    yield from _ranks(4)

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from ..module import PeraLinear, is_adapted
+from ..sharded import whole
 from .checkpoint import AdapterFile
 from .inject import WRAPPERS, base_name
 
@@ -103,32 +104,32 @@ def beside_in(model: nn.Module, adapted: Collection[str], adapter: str | None = 
         ValueError: no PEFT checkpoint can hold a part of it, which is named.
     """
     places = list(tree(model))
-    whole: dict[str, nn.Module] = {}
+    entire: dict[str, nn.Module] = {}
     for name, module in places:
         saved = saved_whole(module)
         if saved is None:
             continue
         names = [adapter] if adapter is not None else list(module.active_adapters)  # type: ignore[arg-type]
-        whole.update((name, saved[own]) for own in names if own in saved)
+        entire.update((name, saved[own]) for own in names if own in saved)
     told = _told_biases(model, places, adapter)
     trained: dict[str, dict[str, torch.Tensor]] = {}
     for name, module in places:
-        if _within(name, whole):
+        if _within(name, entire):
             continue
         for part, parameter in module._parameters.items():
             if parameter is None or (is_adapted(module) and part.startswith("pera_")):
                 continue
             by_config = "all" in told or ("pera_only" in told and name in adapted)
             if parameter.requires_grad or (part == "bias" and by_config):
-                trained.setdefault(name, {})[part] = parameter.detach()
+                trained.setdefault(name, {})[part] = parameter
     biases = {name: own["bias"] for name, own in trained.items() if list(own) == ["bias"]}
     # Of those under one name the outermost.
     modules = dict(reversed(places))
     for name, own in trained.items():
         if name not in biases:
             _check_whole(name, own, adapted, modules[name])
-            whole[name] = modules[name]
-    wanted = [name for name in whole if not _within(name.rpartition(".")[0], whole)]
+            entire[name] = modules[name]
+    wanted = [name for name in entire if not _within(name.rpartition(".")[0], entire)]
     # PEFT takes every module whose name ends so.
     taken = sorted(n for n in modules if n and any(n.endswith(end) for end in wanted))
     for name in taken:
@@ -138,9 +139,9 @@ def beside_in(model: nn.Module, adapted: Collection[str], adapter: str | None = 
     _check_hidden([*wanted, *taken], adapted)
     states = {}
     for name in taken:
-        state = whole.get(name, modules[name]).state_dict()
-        states[name] = {base_name(key): tensor.detach() for key, tensor in state.items()}
-    kept = {name: bias for name, bias in biases.items() if not _within(name, taken)}
+        state = entire.get(name, modules[name]).state_dict(keep_vars=True)
+        states[name] = {base_name(key): whole(tensor).detach() for key, tensor in state.items()}
+    kept = {n: whole(bias).detach() for n, bias in biases.items() if not _within(n, taken)}
     return Beside(states, kept, tuple(sorted(wanted)))
 
 

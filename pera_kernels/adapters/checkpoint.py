@@ -14,7 +14,7 @@ import os
 import re
 import warnings
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -22,7 +22,8 @@ import torch
 from torch import nn
 
 from ..checks import check_adapter, naming
-from ..module import AdapterOptions
+from ..module import PARTS, AdapterOptions, PeraLinear
+from ..operands import Factors
 from ..terms import TERMS
 from . import files
 from .inject import (
@@ -30,6 +31,7 @@ from .inject import (
     require_adapters,
 )
 from .optimizer import warn_of_idle_products
+from .ranks import together
 from .trained import Found, find, plain_name
 
 __all__ = [
@@ -45,7 +47,6 @@ FORMAT = "pera_kernels"
 FORMAT_VERSION = 2
 TENSORS_FILE = "adapter_model.safetensors"
 CONFIG_FILE = "adapter_config.json"
-PARTS = ("pera_A", "pera_B", "pera_h")
 OPTIONS = ("r", "alpha", "terms", "dropout", "init")
 # Before the name of every tensor, since version 2 and in PEFT.
 PREFIX = "base_model.model."
@@ -88,15 +89,26 @@ def tensor_name(module: str, part: str) -> str:
 def adapter_state_dict(model: nn.Module) -> dict[str, torch.Tensor]:
     """The adapters' tensors by the names that they have in ``model.state_dict()``; not copied.
 
+    Of a model that is sharded (FSDP2, tensor parallelism, ZeRO-3) they are gathered, layer by
+    layer, to the CPU of every process: a call for all of them.
+
     Raises:
         ValueError: the model has no adapter.
+        TimeoutError: another process that holds a part did not call it.
     """
-    return {
-        tensor_name(name, part): tensor.detach()
-        for name, layer in require_adapters(unwrapped(model), "save").items()
-        for part in PARTS
-        if (tensor := getattr(layer, part)) is not None
-    }
+    model = unwrapped(model)
+    layers = require_adapters(model, "save")
+    with together(model, "adapter_state_dict") as group:
+        found = {}
+        for name, layer in layers.items():
+            own = parts_of(layer.whole_factors())
+            found.update({tensor_name(name, part): t for part, t in own.items()})
+        return {name: t.to("cpu") if group.ranks else t for name, t in found.items()}
+
+
+def parts_of(factors: Factors) -> dict[str, torch.Tensor]:
+    """Those that there are, by the names of the layer's parameters."""
+    return {p: t.detach() for p, t in zip(PARTS, factors, strict=True) if t is not None}
 
 
 def _most_common(values: list[Any]) -> Any:
@@ -168,7 +180,8 @@ def save_adapter(
     it is missing. :func:`load_adapter` reads it, and so does PEFT with ``pera_kernels.peft``.
 
     Interrupted at any moment, it leaves the checkpoint that was there or the new one. Merged layers
-    are saved as what they are, an adapter beside W0.
+    are saved as what they are, an adapter beside W0. Of a sharded model every process gathers it
+    layer by layer, and the first one writes.
 
     Args:
         base_model: a hint for people, such as a model's name; by default what the model's own
@@ -179,21 +192,54 @@ def save_adapter(
 
     Raises:
         ValueError: the model has no adapter, or one that does not fit its options.
-        OSError: the folder cannot be written; what was there is untouched.
+        OSError: the folder cannot be written; what was there is untouched. (RuntimeError in the
+            processes that do not write.)
+        TimeoutError: another process that holds a part did not call it.
         ImportError: safetensors is not installed.
     """
     model, folder = unwrapped(model), Path(folder)
     layers = require_adapters(model, "save")
+    with together(model, "save_adapter") as group:
+        factors = {}
+        for name, layer in layers.items():
+            own = layer.whole_factors()
+            if group.is_first:
+                factors[name] = _on_cpu(own) if group.ranks else own
+            del own
+        others = find(model)
+        beside = group.gather(others.tensors)
+        hint = base_model or _base_model_hint(model)
+        group.on_first(
+            lambda: _write(folder, layers, factors, replace(others, tensors=beside), hint)
+        )
+
+
+def _on_cpu(factors: Factors) -> Factors:
+    A, B, h = (None if t is None else t.detach().to("cpu") for t in factors)
+    return Factors(A, B, h)  # type: ignore[arg-type]
+
+
+def _write(
+    folder: Path,
+    layers: Mapping[str, PeraLinear],
+    factors: Mapping[str, Factors],
+    others: Found,
+    base_model: str | None,
+) -> None:
+    """Check what is whole now, and write it."""
     options = {
         base_name(name): {key: getattr(m, key) for key in OPTIONS} for name, m in layers.items()
     }
-    tensors = {base_name(name): tensor for name, tensor in adapter_state_dict(model).items()}
+    tensors = {
+        base_name(tensor_name(name, part)): tensor
+        for name, own in factors.items()
+        for part, tensor in parts_of(own).items()
+    }
     check_modules(options, _split(tensors, folder), folder)
     for name, layer in layers.items():
         with naming(name):
-            layer.check_fit()
-    others = find(model)
-    config = _config(options, others, base_model or _base_model_hint(model))
+            layer.check_fit(factors[name])
+    config = _config(options, others, base_model)
     text = json.dumps(config, sort_keys=True)
     tensors = {PREFIX + name: tensor for name, tensor in {**tensors, **others.tensors}.items()}
     folder.mkdir(parents=True, exist_ok=True)
@@ -201,9 +247,9 @@ def save_adapter(
     files.write_safetensors(folder / TENSORS_FILE, tensors, metadata)
     files.write_json(folder / CONFIG_FILE, _for_peft(config))
     warn_of_idle_products(
-        (layer.pera_A, layer.pera_B, layer.pera_h, layer.terms)
-        for layer in layers.values()
-        if layer.pera_h is not None and layer.pera_h.requires_grad
+        (own.A, own.B, own.h, layers[name].terms)
+        for name, own in factors.items()
+        if own.h is not None and layers[name].pera_h.requires_grad  # type: ignore[union-attr]
     )
 
 

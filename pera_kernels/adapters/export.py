@@ -9,8 +9,9 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -18,11 +19,13 @@ from torch import nn
 from .. import reference
 from ..checks import FLOATING, check_adapter
 from ..module import PeraLinear, is_adapted, product_norm
+from ..sharded import is_dtensor, is_offloaded, is_partition, whole
 from ..terms import Terms, check_rank
 from . import files
 from .beside import Beside, beside_in, tree
 from .checkpoint import CONFIG_FILE, TENSORS_FILE, unwrapped
 from .inject import named_places
+from .ranks import Together, together
 
 __all__ = ["AdapterView", "LoraExport", "adapters_of", "export_lora", "vllm_max_lora_rank"]
 
@@ -116,7 +119,8 @@ def adapters_of(model: nn.Module, adapter: str | None = None) -> dict[str, Adapt
         # PEFT's layers say it themselves, so that this module need not know PEFT.
         if isinstance(module, PeraLinear):
             m = module
-            view = AdapterView(m.pera_A, m.pera_B, m.pera_h, m.scale, m.terms, m.merged)
+            own = m.whole_factors() if is_offloaded(m) else m._factors()
+            view = AdapterView(*own, m.scale, m.terms, m.merged)
         elif is_adapted(module):
             view = module.pera_view(adapter)  # type: ignore[operator]
         elif hasattr(type(module), "get_base_layer"):
@@ -130,8 +134,16 @@ def adapters_of(model: nn.Module, adapter: str | None = None) -> dict[str, Adapt
             continue
         if name in found:
             raise ValueError(f"{name} holds two adapters, one around the other")
-        found[name] = view
+        found[name] = _gathered(view)
     return found
+
+
+def _gathered(view: AdapterView) -> AdapterView:
+    """The adapter whole, on the CPU, where it is sharded."""
+    if not (is_dtensor(view.A) or is_partition(view.A)):
+        return view
+    A, B, h = (None if t is None else whole(t).detach().cpu() for t in (view.A, view.B, view.h))
+    return replace(view, A=A, B=B, h=h)  # type: ignore[arg-type]
 
 
 def _adapters_in(model: nn.Module, adapter: object) -> dict[str, AdapterView]:
@@ -226,6 +238,9 @@ def export_lora(
     ``modules_to_save`` and trained biases, and of every other parameter that requires a gradient
     (a head, say) the module that it belongs to.
 
+    Of a sharded model every process gathers it layer by layer, and the first one writes: a call for
+    all that hold a part.
+
     Args:
         model: with :class:`PeraLinear` layers, or a PEFT model with a PERA adapter. Adapters are
             written whether they are disabled or not, with the scale that they have now.
@@ -250,11 +265,38 @@ def export_lora(
             ones or with some that are not finite, scales that differ with ``exact_scale``, factors
             that overflow ``dtype``, something trained that no LoRA checkpoint can hold, or a folder
             that holds another kind of adapter. Nothing is written.
+        TimeoutError: another process that holds a part did not call it.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be an nn.Module; got {type(model).__name__}")
     _check_arguments(dtype, pad_to, rank, base_model, quiet=quiet)
     model = unwrapped(model)
+    with together(model, "export_lora") as group:
+        done = _export(
+            group,
+            model,
+            adapter,
+            folder,
+            base_model or _name(model),
+            pad_to,
+            dtype,
+            exact_scale=exact_scale,
+            prune_zero=prune_zero,
+            rank=rank,
+        )
+    if not quiet and group.is_first:
+        print(done)
+    return done
+
+
+def _export(
+    group: Together,
+    model: nn.Module,
+    adapter: str | None,
+    folder: str | os.PathLike[str],
+    *rest: Any,
+    **options: Any,
+) -> LoraExport:
     views = _adapters_in(model, adapter)
     merged = [name for name, view in views.items() if view.merged]
     if merged:
@@ -262,21 +304,9 @@ def export_lora(
             "export takes an unmerged model, or the update would count twice; merged: "
             f"{', '.join(merged[:8])}{', ...' if len(merged) > 8 else ''}; unmerge first"
         )
-    done = export_views(
-        views,
-        folder,
-        _target_modules(model, list(views)),
-        base_model or _name(model),
-        pad_to,
-        dtype,
-        exact_scale=exact_scale,
-        prune_zero=prune_zero,
-        rank=rank,
-        beside=beside_in(model, views, adapter),
-    )
-    if not quiet:
-        print(done)
-    return done
+    options["beside"] = beside_in(model, views, adapter)
+    targets = _target_modules(model, list(views))
+    return group.on_first(lambda: export_views(views, folder, targets, *rest, **options))
 
 
 def _check_values(views: Mapping[str, AdapterView], beside: Beside) -> None:

@@ -14,8 +14,10 @@ from .. import checks
 from ..checks import check_model, naming, some
 from ..linear import features
 from ..module import AdapterOptions, PeraLinear, PeraOverModule, is_adapted
+from ..sharded import is_dtensor
 from ..terms import Terms
 from . import shared_inputs as sharing
+from .engines import take_over
 from .shared_inputs import SHARED_INPUTS
 from .ties import ties
 from .uncalled import refuse_read_weights, watch
@@ -231,7 +233,7 @@ def adopt(
     first, done = not adapted_modules(model), []
     try:
         for layer, own in options.items():
-            adapted[layer] = PeraLinear.adapting(layer, own)
+            adapted[layer] = _adapting(layer, own)
         if first:
             model.requires_grad_(False)
         for module in trained:
@@ -252,6 +254,17 @@ def adopt(
             parameter.requires_grad_(requires_grad)
         raise
     return adapted
+
+
+def _adapting(layer: nn.Module, options: AdapterOptions) -> PeraLinear:
+    if not is_dtensor(getattr(layer, "weight", None)):
+        return PeraLinear.adapting(layer, options)
+    # torch.distributed is no part of every build.
+    from .. import tensor_parallel
+
+    new = tensor_parallel.adapting(layer, options)
+    take_over(layer, new)
+    return new
 
 
 def refuse_parallel(model: nn.Module) -> None:

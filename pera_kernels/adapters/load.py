@@ -11,10 +11,12 @@ from torch import nn
 
 from ..checks import FLOATING, check_model, naming, some
 from ..linear import features
-from ..module import AdapterOptions
-from .checkpoint import PARTS, AdapterFile, read_adapter, refuse_listed, tensor_name, unwrapped
+from ..module import PARTS, AdapterOptions, PeraLinear
+from ..sharded import shape_of, write
+from .checkpoint import AdapterFile, read_adapter, refuse_listed, tensor_name, unwrapped
 from .inject import adapted_modules, adopt, base_name, named_places, refuse_parallel
 from .merge import unload
+from .ranks import together
 from .trained import Places
 
 __all__ = ["Incompatible", "load_adapter", "place", "places_of_others"]
@@ -62,8 +64,9 @@ def load_adapter(
             unchanged.
     """
     check_model(model)
-    read = read_adapter(folder)
-    return place(model, read, strict, overwrite, backend, adapter_dtype)
+    with together(model, "load_adapter") as group:
+        read = group.on_all(lambda: read_adapter(folder))
+        return place(model, read, strict, overwrite, backend, adapter_dtype)
 
 
 def place(
@@ -141,13 +144,9 @@ def _inject(
     trainable = [(p, p.requires_grad) for p in model.parameters()]
     adapted = adopt(model, named_places(model, options), options)
     try:
-        _copy(
-            [
-                (getattr(adapted[modules[name]], part), tensor)
-                for name in fitting
-                for part, tensor in adapter.tensors[name].items()
-            ]
-        )
+        for name in fitting:
+            for part, tensor in adapter.tensors[name].items():
+                write(adapted[modules[name]], part, tensor)
         others.write()
     except BaseException:
         unload(model, merge=False)
@@ -185,7 +184,7 @@ def _fill(model: nn.Module, adapter: AdapterFile, strict: bool, overwrite: bool)
                     f"{tensor_name(name, part)} (computed from other tensors in this model)"
                 )
                 continue
-            has = tuple(getattr(layer, part).shape) if getattr(layer, part) is not None else None
+            has = shape_of(getattr(layer, part)) if getattr(layer, part) is not None else None
             if has != tuple(tensor.shape):
                 misshapen.append(f"{tensor_name(name, part)} ({tuple(tensor.shape)} for {has})")
     missing_keys = [
@@ -218,33 +217,32 @@ def _fill(model: nn.Module, adapter: AdapterFile, strict: bool, overwrite: bool)
                 "of another shape": misshapen,
             },
         )
-    held = [name for name in both if not overwrite and bool(layers[name].pera_B.any())]
+    held = [name for name in both if not overwrite and bool(layers[name].whole_factors().B.any())]
     if held:
         refuse_listed(
             "the model's adapters hold something already; load_adapter(..., overwrite=True) "
             "replaces it",
             {"adapters": held},
         )
-    pairs = [
-        (getattr(layers[name], part), tensor)
-        for name in both
-        for part, tensor in adapter.tensors[name].items()
-    ]
     # Everything that can fail happens before the first change.
     for name in both:
         with naming(name):
             layers[name].check_unmergeable()
-    moved = [(own, tensor.to(own.device, own.dtype)) for own, tensor in pairs]
-    for name in both:
+    moved = {name: _moved(layers[name], adapter.tensors[name]) for name in both}
+    for name, own in moved.items():
         layers[name].unmerge()
         layers[name].alpha = float(adapter.options[name]["alpha"])
         layers[name].init = adapter.options[name].get("init", layers[name].init)
-    _copy(moved)
+        for part, tensor in own.items():
+            write(layers[name], part, tensor)
     others.write()
     return Incompatible(missing_keys, unexpected_keys)
 
 
-@torch.no_grad()
-def _copy(pairs: list[tuple[torch.Tensor, torch.Tensor]]) -> None:
-    for own, tensor in pairs:
-        own.copy_(tensor)
+def _moved(layer: PeraLinear, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Tensors as a layer holds its own; on the CPU where it is offloaded."""
+    A = layer.pera_A
+    return {
+        part: tensor.to(tensor.device if A.is_meta else A.device, getattr(layer, part).dtype)
+        for part, tensor in tensors.items()
+    }

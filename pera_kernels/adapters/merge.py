@@ -7,10 +7,12 @@ from typing import Any, TypeVar
 
 from torch import nn
 
-from ..checks import naming
+from ..checks import naming, some
 from ..module import PeraLinear, PeraOverModule
+from .engines import forget_adapters, is_fsdp, is_held, take_over
 from .hooks import remove_all_hooks
 from .inject import named_places, require_adapters
+from .ranks import together
 from .ties import refuse_shared
 
 __all__ = ["merge", "unload", "unmerge"]
@@ -48,13 +50,16 @@ def merge(
 
     Layers that are merged already stay so. ``progress`` wraps what is iterated over, as ``tqdm``
     does. Without ``keep_base`` a merge that runs out of memory half-way is undone up to rounding.
+    Of a sharded model each process merges its part: a call for all that hold one.
 
     Raises:
         TypeError: a base is not a plain dense linear layer (a quantized one, for example).
         ValueError: the model has no adapter, a merged weight would not be finite, or a weight is
             shared with another module. In every case the model is unchanged.
+        TimeoutError: another process that holds a part did not call it.
     """
-    _merge(model, safe, keep_base, progress)
+    with together(model, "merge"):
+        _merge(model, safe, keep_base, progress)
     return model
 
 
@@ -83,6 +88,12 @@ def unmerge(model: ModelT) -> ModelT:
     Raises:
         ValueError: the model has no adapter.
     """
+    with together(model, "unmerge"):
+        _unmerge(model)
+    return model
+
+
+def _unmerge(model: nn.Module) -> None:
     layers = require_adapters(model, "unmerge")
     # What can fail comes before the first change.
     for name, layer in layers.items():
@@ -99,7 +110,6 @@ def unmerge(model: ModelT) -> ModelT:
         for layer, kept in done:
             layer.merge(safe=False, keep_base=kept)
         raise
-    return model
 
 
 def _plain(layer: PeraLinear) -> nn.Module:
@@ -131,18 +141,30 @@ def unload(model: ModelT, *, merge: bool = True, progress: Progress = iter) -> M
         progress: as in :func:`merge`.
 
     Raises:
-        TypeError, ValueError: as :func:`merge`; the model is unchanged.
+        TypeError, ValueError, TimeoutError: as :func:`merge`; or FSDP2 wraps a layer by itself. The
+            model is unchanged.
     """
     layers = require_adapters(model, "unload")
     if isinstance(model, PeraLinear):
         raise ValueError("model is itself a PeraLinear, which cannot be replaced in place")
-    # Made first: what can fail comes before the first change.
-    plain = {id(layer): _plain(layer) for layer in layers.values()}
-    if merge:
-        _merge(model, safe=True, keep_base=False, progress=progress)
-    else:
-        unmerge(model)
-    for name, parent, layer in named_places(model, layers.values()):
-        setattr(parent, name.rpartition(".")[2], plain[id(layer)])
-    remove_all_hooks(model)
+    wrapped = [name for name, layer in layers.items() if is_fsdp(layer)]
+    if wrapped:
+        raise ValueError(
+            f"fully_shard wraps {some(wrapped)} by itself, and its module cannot be replaced: "
+            "merge and save the state dict, or wrap the module around it"
+        )
+    with together(model, "unload"):
+        # Made first: what can fail comes before the first change.
+        plain = {layer: _plain(layer) for layer in layers.values()}
+        if merge:
+            _merge(model, safe=True, keep_base=False, progress=progress)
+        else:
+            _unmerge(model)
+        for name, parent, layer in named_places(model, layers.values()):
+            setattr(parent, name.rpartition(".")[2], plain[layer])  # type: ignore[index]
+        for layer, linear in plain.items():
+            if is_held(layer) and not isinstance(layer, PeraOverModule):
+                take_over(layer, linear)
+        forget_adapters(model, plain)
+        remove_all_hooks(model)
     return model

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from ..memory import overlap, span_of
+from ..sharded import shape_of, whole, write
 from .inject import adapted_modules, base_name, own_parameters
 from .ties import refuse_shared
 
@@ -56,7 +57,7 @@ def find(model: nn.Module) -> Found:
                 kept.pop(name, None)
         for part, tensor in kept.items():
             name = plain_name(f"{path}.{part}" if path else part, names)
-            found.tensors[name] = tensor.detach()
+            found.tensors[name] = tensor
             if part in trains:
                 found.trained.append(name)
         if _peft_can_save(base_name(path), module, kept, [base_name(n) for n, _ in places], names):
@@ -90,26 +91,28 @@ class Places:
         layers = adapted_modules(model)
         names = {base_name(name) for name in layers}
         # A module that was saved whole has buffers too.
-        own: dict[str, torch.Tensor] = {
-            plain_name(name, names): tensor
-            for kind in (model.named_parameters, model.named_buffers)
-            for name, tensor in kind(remove_duplicate=False)
+        places = {
+            plain_name(f"{path}.{part}" if path else part, names): (module, part)
+            for path, module in model.named_modules(remove_duplicate=False)
+            for part in (*module._parameters, *module._buffers)
+            if getattr(module, part) is not None
         }
         self.unexpected: list[str] = []
         self.misshapen: list[str] = []
-        self.pairs: list[tuple[torch.Tensor, torch.Tensor]] = []
-        self.trained: list[torch.Tensor] = []
+        self.pairs: list[tuple[tuple[nn.Module, str], torch.Tensor]] = []
+        self.trained: list[nn.Parameter] = []
         changed = {}
         for name, tensor in parameters.items():
-            there = own.get(name)
-            if there is None:
+            if name not in places:
                 self.unexpected.append(name)
                 continue
-            if there.shape != tensor.shape:
-                self.misshapen.append(f"{name} ({tuple(tensor.shape)} for {tuple(there.shape)})")
+            module, part = places[name]
+            there, shape = getattr(module, part), shape_of(getattr(module, part))
+            if shape != tensor.shape:
+                self.misshapen.append(f"{name} ({tuple(tensor.shape)} for {shape})")
                 continue
-            self.pairs.append((there, tensor))
-            if there.is_meta or not torch.equal(there.detach().to("cpu", tensor.dtype), tensor):
+            self.pairs.append(((module, part), tensor))
+            if there.is_meta or not torch.equal(whole(there).to("cpu", tensor.dtype), tensor):
                 changed[name] = there
             if isinstance(there, nn.Parameter) and name not in frozen:
                 self.trained.append(there)
@@ -126,19 +129,19 @@ class Places:
 
     def _refuse_different(self, parameters: Mapping[str, torch.Tensor]) -> None:
         """Raise if tensors that differ would be written to one memory."""
-        for number, (there, tensor) in enumerate(self.pairs):
-            for other, others in self.pairs[:number]:
-                if overlap(span_of(there), span_of(other)) and not torch.equal(tensor, others):
+        spans = [span_of(getattr(module, part)) for (module, part), _ in self.pairs]
+        for number, (_, tensor) in enumerate(self.pairs):
+            for other, (_, others) in enumerate(self.pairs[:number]):
+                if overlap(spans[number], spans[other]) and not torch.equal(tensor, others):
                     names = [n for n, t in parameters.items() if t is tensor or t is others]
                     raise ValueError(
                         f"{' and '.join(names)} differ in the file and are one tensor in this "
                         "model: untie them first"
                     )
 
-    @torch.no_grad()
     def write(self) -> None:
         """Into the model, where what trained trains."""
-        for there, tensor in self.pairs:
-            there.copy_(tensor)
+        for (module, part), tensor in self.pairs:
+            write(module, part, tensor)
         for parameter in self.trained:
             parameter.requires_grad_(True)

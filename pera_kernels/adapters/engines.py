@@ -1,0 +1,74 @@
+"""What engines attach to a layer goes along when another takes its place: hooks of tensor
+parallelism and of DeepSpeed, FSDP2's list of parameters, accelerate's offloading.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping
+from typing import Any
+
+from torch import nn
+
+from ..module import PARTS, PeraLinear
+from ..sharded import is_dtensor, is_partition
+
+__all__ = ["forget_adapters", "is_fsdp", "is_held", "take_over"]
+
+HOOKS = (
+    *("_forward_pre_hooks", "_forward_pre_hooks_with_kwargs"),
+    *("_forward_hooks", "_forward_hooks_with_kwargs", "_forward_hooks_always_called"),
+    *("_backward_pre_hooks", "_backward_hooks"),
+    *("_state_dict_pre_hooks", "_load_state_dict_pre_hooks"),
+)
+
+
+def is_held(layer: nn.Module) -> bool:
+    """Whether an engine holds the layer's weight."""
+    weight = getattr(layer, "weight", None)
+    return is_dtensor(weight) or is_partition(weight) or hasattr(layer, "_hf_hook")
+
+
+def take_over(old: nn.Module, new: nn.Module) -> None:
+    """Attach to ``new`` what an engine attached to ``old``."""
+    for name in HOOKS:
+        getattr(new, name).update(getattr(old, name))
+    for name, value in vars(old).items():
+        if name.startswith(("ds_", "pre_bwd", "post_bwd", "applied_pre_backward", "_external")):
+            vars(new)[name] = value
+    if hasattr(old, "_hf_hook"):
+        from accelerate.hooks import add_hook_to_module
+
+        add_hook_to_module(new, old._hf_hook)
+    elif (style := _style(old)) is not None:
+        style["self"].install_forward(new, style["mesh"])
+
+
+def _style(layer: nn.Module) -> dict[str, Any] | None:
+    """What transformers' tensor parallelism keeps in the forward that it gives to a layer."""
+    forward = vars(layer).get("forward")
+    if not inspect.isfunction(forward) or forward.__name__ != "tp_forward":
+        return None
+    return dict(inspect.getclosurevars(forward).nonlocals)
+
+
+def is_fsdp(module: nn.Module) -> bool:
+    """Whether FSDP2's ``fully_shard`` wraps this module itself."""
+    return any(kind.__name__ == "FSDPModule" for kind in type(module).__mro__)
+
+
+def forget_adapters(model: nn.Module, now: Mapping[PeraLinear, nn.Module]) -> None:
+    """Let FSDP2 hold the weights of layers in those that took their place, and no adapters."""
+    for module in filter(is_fsdp, model.modules()):
+        state = module._get_fsdp_state()  # type: ignore[operator]
+        for group in getattr(state, "_fsdp_param_groups", None) or [state._fsdp_param_group]:
+            held = [p for p in group.fsdp_params if not _is_adapter(p._module_info, now)]
+            group.fsdp_params[:] = held
+            for parameter in held:
+                info = parameter._module_info
+                info.module = now.get(info.module, info.module)
+                info.shared_modules = [now.get(m, m) for m in info.shared_modules]
+
+
+def _is_adapter(info: Any, layers: Mapping[PeraLinear, nn.Module]) -> bool:
+    return info.module in layers and info.param_name in PARTS

@@ -1,0 +1,126 @@
+"""Adapted models on several GPUs: styles for tensor parallelism, and a check that ranks agree.
+
+    pk.inject(model, ["q_proj", "down_proj"])
+    pera_kernels.parallel.check(model)
+    parallelize_module(model, mesh, {"q_proj": ColwiseParallel(), "down_proj": RowwiseParallel()})
+
+DDP, FSDP2 and ZeRO-3 need nothing of this module.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import Shard, distribute_module
+from torch.distributed.tensor import parallel as styles
+
+from .adapters.checkpoint import parts_of, unwrapped
+from .adapters.inject import base_name, require_adapters
+from .adapters.ranks import all_ranks, exchange, together
+from .checks import some
+from .module import PeraLinear
+from .tensor_parallel import shard
+
+__all__ = ["ColwiseParallel", "RowwiseParallel", "check"]
+
+
+class ColwiseParallel(styles.ColwiseParallel):
+    """:class:`torch.distributed.tensor.parallel.ColwiseParallel`, also for a :class:`PeraLinear`:
+    ``weight``, ``bias`` and ``pera_B`` are sharded by ``out_features``.
+
+    Raises:
+        TypeError: the layer's base is called as it is (a quantized one, say).
+        ValueError: the number of ranks does not divide ``out_features``, or the layer is merged.
+    """
+
+    def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
+        if not isinstance(module, PeraLinear):
+            return super()._apply(module, device_mesh)
+        return _distribute(self, module, device_mesh, 0)
+
+
+class RowwiseParallel(styles.RowwiseParallel):
+    """:class:`torch.distributed.tensor.parallel.RowwiseParallel`, also for a :class:`PeraLinear`:
+    ``weight`` and ``pera_A`` are sharded by ``in_features``.
+
+    Raises:
+        TypeError: the layer's base is called as it is (a quantized one, say).
+        ValueError: the number of ranks does not divide ``in_features``, or the layer is merged.
+    """
+
+    def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
+        if not isinstance(module, PeraLinear):
+            return super()._apply(module, device_mesh)
+        self.desired_input_layouts = (Shard(-1),)
+        return _distribute(self, module, device_mesh, 1)
+
+
+def _distribute(style: Any, layer: PeraLinear, mesh: DeviceMesh, dim: int) -> nn.Module:
+    """As PyTorch's styles do: the parameters, and hooks for what comes in and goes out."""
+    layer = shard(layer, mesh, dim, style.src_data_rank)
+    come = partial(style._prepare_input_fn, style.input_layouts, style.desired_input_layouts)
+    go = partial(style._prepare_output_fn, style.output_layouts, style.use_local_output)
+    return distribute_module(layer, mesh, None, come, go)
+
+
+def check(model: nn.Module, ranks: Sequence[int] | None = None) -> None:
+    """Raise on every rank if the adapters of ``model`` differ between them: in their places,
+    shapes, options or values.
+
+    It is a call for all ranks. Make it before the model is wrapped: DDP gives the first rank's
+    values to all, and FSDP2 takes each rank's own part, whatever the others have.
+
+    Args:
+        ranks: those that have the same model; None means all.
+
+    Raises:
+        ValueError: they differ, with the first differences; or the model has no adapter, or
+            ``torch.distributed`` is not initialised.
+        TimeoutError: another rank did not call it.
+    """
+    model = unwrapped(model)
+    layers = require_adapters(model, "check")
+    ranks = all_ranks() if ranks is None else tuple(ranks)
+    if not ranks:
+        raise ValueError(
+            "check is for several ranks, and torch.distributed is not initialised: call "
+            "torch.distributed.init_process_group first, in a program that torchrun starts"
+        )
+    names = {base_name(name): _options(layer) for name, layer in layers.items()}
+    _refuse_differences(exchange(ranks, "parallel.check", names), "options")
+    with together(model, "parallel.check"):
+        values = {base_name(name): _digest(layer) for name, layer in layers.items()}
+    _refuse_differences(exchange(ranks, "parallel.check of values", values), "values")
+
+
+def _options(layer: PeraLinear) -> str:
+    return repr((layer.in_features, layer.out_features, layer.extra_repr(), layer.init))
+
+
+def _digest(layer: PeraLinear) -> str:
+    whole = hashlib.sha256()
+    for part, tensor in parts_of(layer.whole_factors()).items():
+        own = tensor.cpu().contiguous()
+        whole.update(f"{part} {own.dtype} {tuple(own.shape)} ".encode())
+        whole.update(own.flatten().view(torch.uint8).numpy().tobytes())
+    return whole.hexdigest()
+
+
+def _refuse_differences(told: dict[int, dict[str, str]], what: str) -> None:
+    first, *others = told
+    for rank in others:
+        names = [
+            n for n in {**told[first], **told[rank]} if told[first].get(n) != told[rank].get(n)
+        ]
+        if names:
+            raise ValueError(
+                f"adapters differ in their {what} between rank {first} and rank {rank}: "
+                f"{some(names)}. Give every rank one seed before inject (torch.manual_seed), or "
+                "load one checkpoint"
+            )

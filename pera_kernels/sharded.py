@@ -1,0 +1,185 @@
+"""Tensors of which a process holds a part, or that lie elsewhere: DTensor's shards (FSDP2, tensor
+parallelism), ZeRO-3's partitions, and what accelerate offloads.
+
+To make a shard or a partition whole, or to write one, is for all processes that hold a part of it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from .operands import Factors
+
+__all__ = [
+    "factors_of_part",
+    "here",
+    "is_dtensor",
+    "is_offloaded",
+    "is_partition",
+    "kept",
+    "like",
+    "part",
+    "put_back",
+    "shape_of",
+    "whole",
+    "write",
+]
+
+
+def is_dtensor(tensor: object) -> bool:
+    """Whether it is a DTensor; asked without importing ``torch.distributed.tensor``."""
+    return hasattr(type(tensor), "full_tensor")
+
+
+def is_partition(tensor: object) -> bool:
+    """Whether it is a parameter of DeepSpeed's ZeRO-3, of which each process has a part."""
+    return hasattr(tensor, "ds_id")
+
+
+def is_offloaded(module: nn.Module) -> bool:
+    """Whether accelerate keeps the parameters of a module elsewhere between its calls."""
+    return bool(getattr(getattr(module, "_hf_hook", None), "offload", False))
+
+
+def whole(tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor that this is a part of, differentiable where it is a DTensor; the tensor itself
+    where it is no part.
+    """
+    if is_dtensor(tensor):
+        return tensor.full_tensor()  # type: ignore[attr-defined, no-any-return]
+    if is_partition(tensor):
+        with _gathered([tensor] if _is_empty(tensor) else []):
+            return tensor.detach().clone()
+    return tensor
+
+
+def shape_of(tensor: Any) -> tuple[int, ...]:
+    """The shape of the whole."""
+    return tuple(tensor.ds_shape if is_partition(tensor) else tensor.shape)
+
+
+@torch.no_grad()
+def write(module: nn.Module, name: str, value: torch.Tensor) -> None:
+    """Write the whole value of a parameter or buffer of ``module``; each process keeps its part."""
+    with here(module, [name], written=True):
+        tensor = getattr(module, name)
+        if is_dtensor(tensor):
+            tensor, value = tensor.to_local(), value[part(tensor)]
+        tensor.copy_(value)
+
+
+def part(tensor: Any) -> tuple[slice, ...]:
+    """Where this process's part of a DTensor lies in the whole."""
+    from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+    shape, offset = compute_local_shape_and_global_offset(
+        tensor.shape, tensor.device_mesh, tensor.placements
+    )
+    return tuple(slice(first, first + n) for first, n in zip(offset, shape, strict=True))
+
+
+def factors_of_part(factors: Factors, weight: torch.Tensor) -> Factors:
+    """Of whole factors what makes this process's part of ΔW ``(M, N)``, where the weight is a
+    DTensor: the rows of B and the columns of A. The expansion mixes neither.
+    """
+    if not is_dtensor(weight):
+        return factors
+    rows, columns = part(weight)
+    return Factors(factors.A[:, columns], factors.B[rows], factors.h)
+
+
+def kept(tensor: Any) -> torch.Tensor:
+    """What this process keeps of a tensor, in its memory."""
+    if is_dtensor(tensor):
+        return tensor.to_local()  # type: ignore[no-any-return]
+    return tensor.ds_tensor if is_partition(tensor) else tensor
+
+
+def put_back(tensor: Any, local: torch.Tensor) -> None:
+    """Write what :func:`kept` gave."""
+    kept(tensor).copy_(local)
+    if is_partition(tensor) and not _is_empty(tensor):
+        # The whole, where it stays gathered, is no longer what the parts say.
+        tensor.partition()
+
+
+def like(tensor: Any, local: torch.Tensor) -> torch.Tensor:
+    """This process's part as a tensor on the device of ``tensor``, and a DTensor where that is one.
+
+    Raises:
+        RuntimeError: ``tensor`` is gathered, and of ``local`` only a part is here.
+    """
+    if is_dtensor(tensor):
+        return type(tensor).from_local(  # type: ignore[no-any-return]
+            local,
+            tensor.device_mesh,
+            tensor.placements,
+            run_check=False,
+            shape=tensor.shape,
+            stride=tensor.stride(),
+        )
+    if local.shape != tensor.shape:
+        raise RuntimeError(
+            "the base weight of this merged layer is sharded, and its forward has the merged one "
+            "alone: unmerge before computing without the adapter"
+        )
+    return local.to(tensor.device)
+
+
+def _is_empty(partition: torch.Tensor) -> bool:
+    return partition.numel() == 0
+
+
+def _gathered(parameters: Sequence[torch.Tensor], written: bool = False) -> Any:
+    import deepspeed
+
+    return deepspeed.zero.GatheredParameters(list(parameters), modifier_rank=0 if written else None)
+
+
+@contextlib.contextmanager
+def here(module: nn.Module, names: Sequence[str], *, written: bool = False) -> Iterator[None]:
+    """Within this context the named parameters of a module, of those that it has itself, have their
+    values on its device: what accelerate offloaded is fetched, what ZeRO-3 partitioned gathered.
+    DTensors stay what they are.
+
+    Args:
+        written: they are changed: at the end the new values go where the old ones were.
+    """
+    own = {name: p for name in names if (p := module._parameters.get(name)) is not None}
+    partitions = [p for p in own.values() if is_partition(p) and (written or _is_empty(p))]
+    if partitions:
+        with _gathered(partitions, written):
+            yield
+    elif is_offloaded(module) and any(p.is_meta for p in own.values()):
+        hook: Any = module._hf_hook
+        hook.pre_forward(module)
+        try:
+            yield
+            for name in own if written else ():
+                _return(hook.weights_map, name, module.get_parameter(name).detach())
+        finally:
+            hook.post_forward(module, None)
+    else:
+        yield
+
+
+def _return(weights: Any, name: str, value: torch.Tensor) -> None:
+    """Put a value where accelerate fetches it: into memory, or the file that holds it."""
+    # accelerate has a map that adds a prefix, over one of what is in memory and in files.
+    while hasattr(weights, "dataset"):
+        name, weights = weights.prefix + name, weights.dataset
+    held = getattr(weights, "state_dict", weights)
+    if name in held:
+        held[name].copy_(value)
+    elif weights.index[name].get("safetensors_file") is not None:
+        # A checkpoint of the user's own is not written to.
+        held[name] = value.to("cpu", copy=True)
+    else:
+        from accelerate.utils import offload_weight
+
+        offload_weight(value, name, weights.save_folder, index=weights.index)

@@ -1,0 +1,335 @@
+"""What each rank does in the tests of several processes."""
+
+import contextlib
+import functools
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.checkpoint import checkpoint
+
+import pera_kernels as pk
+from pera_kernels.adapters.files import read_safetensors
+from pera_kernels.testing import judge
+
+TARGETS = ["q_proj", "k_proj", "v_proj", "up_proj", "down_proj"]
+
+
+class Block(nn.Module):
+    """A block with what a transformer's has: projections that share their input, two in a row."""
+
+    def __init__(self, n=8, hidden=12):
+        super().__init__()
+        self.q_proj, self.k_proj, self.v_proj = (nn.Linear(n, n) for _ in range(3))
+        self.o_proj = nn.Linear(n, n)
+        self.up_proj, self.down_proj = nn.Linear(n, hidden), nn.Linear(hidden, n)
+
+    def forward(self, x):
+        mixed = self.q_proj(x) * torch.sigmoid(self.k_proj(x)) + self.v_proj(x)
+        x = x + self.o_proj(mixed)
+        return x + self.down_proj(F.gelu(self.up_proj(x)))
+
+
+class Model(nn.Module):
+    """Two blocks and a head that trains whole; ``way`` is how activations are checkpointed."""
+
+    def __init__(self, way=None):
+        super().__init__()
+        self.blocks = nn.ModuleList([Block(), Block()])
+        self.head = nn.Linear(8, 5)
+        self.way = way
+
+    def forward(self, x):
+        for block in self.blocks:
+            if self.way is None:
+                x = block(x)
+            else:
+                x = checkpoint(block, x, use_reentrant=self.way == "reentrant")
+        return self.head(x)
+
+
+def model(way=None, dtype=torch.float32, dropout=0.0, terms="full", seed=1, fill=True):
+    torch.manual_seed(seed)
+    built = Model(way).to(dtype)
+    pk.inject(built, TARGETS, 3, dropout=dropout, terms=terms, modules_to_save=["head"])
+    if fill:
+        with torch.no_grad():
+            for p in pk.adapter_parameters(built):
+                p.normal_(std=0.3)
+    return built
+
+
+def batch(dtype=torch.float32):
+    generator = torch.Generator().manual_seed(5)
+    return torch.randn(8, 4, 8, generator=generator, dtype=torch.float32).to(dtype)
+
+
+def trained_parameters(net):
+    return {
+        pk.adapters.inject.base_name(n).removeprefix("module."): p
+        for n, p in net.named_parameters()
+        if p.requires_grad
+    }
+
+
+def whole(tensor):
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def loss_of(net, x):
+    return net(x).square().mean()
+
+
+@functools.lru_cache
+def alone(dtype, backend="torch", dropout=0.0):
+    """Loss and gradients of one process on the whole batch."""
+    net = model(dtype=dtype, dropout=dropout)
+    for layer in pk.adapted_modules(net).values():
+        layer.backend = backend
+    torch.manual_seed(11)
+    loss = loss_of(net, batch(dtype).requires_grad_())
+    loss.backward()
+    return {"loss": loss.detach(), **{n: p.grad for n, p in trained_parameters(net).items()}}
+
+
+def compare(found, dtype=torch.float32, dropout=0.0):
+    """The project's numeric rule: one process in the same dtype is the measure."""
+    truth = alone(torch.float64, "reference", dropout)
+    reference = alone(dtype, "reference", dropout)
+    assert set(found) == set(truth)
+    for name, got in found.items():
+        verdict = judge(name, got.to(reference[name].dtype), reference[name], truth[name], dtype)
+        assert verdict.passed, verdict
+
+
+def wrapped(net, how, mesh=None):
+    if how == "ddp":
+        return DistributedDataParallel(net)
+    policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16) if how == "fsdp bf16" else None
+    options = {} if policy is None else {"mp_policy": policy}
+    for block in net.blocks:
+        if how == "fsdp of layers":
+            for child in block.children():
+                fully_shard(child)
+        fully_shard(block, **options)
+    return fully_shard(net, **options)
+
+
+def own_rows(x):
+    return x.chunk(dist.get_world_size())[dist.get_rank()]
+
+
+def gradients(net, x, steps=1, how="ddp"):
+    """Loss and gradients on the whole batch of which each rank has a part, in ``steps`` parts."""
+    total = torch.zeros((), dtype=torch.float64)
+    for step, part in enumerate(own_rows(x).chunk(steps)):
+        last = step == steps - 1
+        if how == "ddp":
+            context = contextlib.nullcontext() if last else net.no_sync()
+        else:
+            net.set_requires_gradient_sync(last)
+            context = contextlib.nullcontext()
+        with context:
+            loss = loss_of(net, part.clone().requires_grad_()) / steps
+            loss.backward()
+        total += loss.detach().double()
+    dist.all_reduce(total)
+    found = {n: whole(p.grad) for n, p in trained_parameters(net).items()}
+    return {"loss": total / dist.get_world_size(), **found}
+
+
+def data_parallel(how, way, steps, compiled):
+    """Losses and gradients equal those of one process on the same batch."""
+    net = wrapped(model(way), how)
+    call = torch.compile(net, backend="aot_eager") if compiled else net
+    if compiled:
+        loss = loss_of(call, own_rows(batch()).requires_grad_())
+        loss.backward()
+        total = loss.detach().double()
+        dist.all_reduce(total)
+        found = {n: whole(p.grad) for n, p in trained_parameters(net).items()}
+        compare({"loss": total / dist.get_world_size(), **found})
+        torch._dynamo.reset()
+        return
+    compare(gradients(net, batch(), steps, how))
+
+
+def meta_start():
+    """A model that is made on the meta device has the values of one that is made here."""
+    truth = model(fill=False)
+    with torch.device("meta"):
+        net = Model()
+        pk.inject(net, TARGETS, 3, modules_to_save=["head"])
+    wrapped(net, "fsdp")
+    net.to_empty(device="cpu")
+    torch.manual_seed(1)
+    for module in net.modules():
+        if isinstance(module, pk.PeraLinear):
+            module.reset_adapter()
+    torch.manual_seed(1)
+    Model()
+    # What is drawn is drawn as one process draws it, layer after layer.
+    for name, layer in pk.adapted_modules(net).items():
+        A = truth.get_submodule(name).pera_A
+        assert layer.pera_A.full_tensor().shape == A.shape
+        assert not layer.pera_B.full_tensor().any()
+    first = next(iter(pk.adapted_modules(net).values()))
+    torch.manual_seed(3)
+    first.reset_adapter()
+    torch.manual_seed(3)
+    alone = pk.PeraLinear.from_linear(nn.Linear(8, 8), 3)
+    torch.manual_seed(3)
+    alone.reset_adapter()
+    assert torch.equal(first.pera_A.full_tensor(), alone.pera_A)
+
+
+PAIRS = {"q_proj": 0, "k_proj": 0, "v_proj": 0, "o_proj": 1, "up_proj": 0, "down_proj": 1}
+
+
+def plan(sequence=False, dims=PAIRS):
+    """Styles for every linear layer of the blocks, adapted or not."""
+    from torch.distributed.tensor import Replicate, Shard
+
+    from pera_kernels.parallel import ColwiseParallel, RowwiseParallel
+
+    come = {"input_layouts": Shard(1) if sequence else Replicate()}
+    go = {"output_layouts": Shard(1) if sequence else Replicate()}
+    return {
+        f"blocks.{i}.{name}": RowwiseParallel(**go) if dim else ColwiseParallel(**come)
+        for i in range(2)
+        for name, dim in dims.items()
+    }
+
+
+def tensor_parallel(net, sequence=False, dims=PAIRS):
+    from torch.distributed.tensor.parallel import parallelize_module
+
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    return parallelize_module(net, mesh, plan(sequence, dims))
+
+
+def sharded(how, **options):
+    net = model(**options)
+    return tensor_parallel(net) if how == "tp" else wrapped(net, how)
+
+
+def tp_gradients(dropout=0.0, way=None, backend="torch", sequence=False, before=False):
+    """Outputs and gradients of a tensor-parallel model equal those of one that is not."""
+    if before:
+        torch.manual_seed(1)
+        net = tensor_parallel(Model(way))
+        pk.inject(net, TARGETS, 3, dropout=dropout, modules_to_save=["head"])
+        source = pk.adapter_state_dict(model())
+        for name, layer in pk.adapted_modules(net).items():
+            for part in ("pera_A", "pera_B", "pera_h"):
+                pk.sharded.write(layer, part, source[f"{name}.{part}"])
+    else:
+        net = tensor_parallel(model(way, dropout=dropout), sequence)
+    for layer in pk.adapted_modules(net).values():
+        layer.backend = backend
+    x = batch().requires_grad_()
+    # Ranks whose generators are not alike have one mask all the same.
+    torch.manual_seed(11 + dist.get_rank())
+    if sequence:
+        part = x.detach().chunk(dist.get_world_size(), 1)[dist.get_rank()]
+        blocks = net.blocks
+        y = blocks[1](blocks[0](part))
+        loss = net.head(y).square().sum() / (8 * 4 * 5)
+        loss.backward()
+        for parameter in net.head.parameters():
+            dist.all_reduce(parameter.grad)
+        dist.all_reduce(loss.detach())
+    else:
+        loss = loss_of(net, x)
+        loss.backward()
+    found = {n: whole(p.grad) for n, p in trained_parameters(net).items()}
+    compare({"loss": loss.detach(), **found}, dropout=dropout)
+    if dropout == 0.0 and not sequence:
+        reference = model(way)
+        want = batch().requires_grad_()
+        loss_of(reference, want).backward()
+        torch.testing.assert_close(x.grad, want.grad, rtol=1e-5, atol=1e-7)
+
+
+def assert_same_files(one, other):
+    configs = [(Path(folder) / "adapter_config.json").read_bytes() for folder in (one, other)]
+    assert configs[0] == configs[1]
+    files = [Path(folder) / "adapter_model.safetensors" for folder in (one, other)]
+    (tensors, told), (others, expected) = map(read_safetensors, files)
+    assert told == expected
+    assert list(tensors) == list(others)
+    for name, tensor in tensors.items():
+        assert torch.equal(tensor, others[name]), name
+
+
+def calls(how, folder):
+    """Save, load, merge, export and the rest on a sharded model are those of a whole one."""
+    net, same = sharded(how), model()
+    x = batch()
+    with torch.no_grad():
+        expected = same(x)
+        torch.testing.assert_close(net(x), expected)
+    for name, tensor in pk.adapter_state_dict(net).items():
+        assert torch.equal(tensor, pk.adapter_state_dict(same)[name])
+    layers = zip(pk.adapted_modules(net).values(), pk.adapted_modules(same).values(), strict=True)
+    for layer, other in layers:
+        assert layer.quadratic_share() == other.quadratic_share()
+        assert torch.equal(layer.delta_weight(), other.delta_weight())
+        layer.delta_weight().sum().backward()
+        other.delta_weight().sum().backward()
+        assert torch.equal(layer.pera_A.grad.full_tensor(), other.pera_A.grad)
+    net.zero_grad()
+    pk.save_adapter(net, f"{folder}/saved")
+    pk.export_lora(net, f"{folder}/lora", quiet=True)
+    if dist.get_rank() == 0:
+        pk.save_adapter(same, f"{folder}/same")
+        pk.export_lora(same, f"{folder}/same_lora", quiet=True)
+        assert_same_files(f"{folder}/saved", f"{folder}/same")
+        assert_same_files(f"{folder}/lora", f"{folder}/same_lora")
+    dist.barrier()
+    other = sharded(how, seed=2)
+    pk.load_adapter(other, f"{folder}/saved", overwrite=True)
+    # What is not adapted is drawn anew: its weights are not in the file.
+    for name, tensor in pk.adapter_state_dict(other).items():
+        assert torch.equal(tensor, pk.adapter_state_dict(same)[name])
+    assert torch.equal(whole(other.head.weight), same.head.weight)
+    merges(net, same, x, expected, keep_base=True)
+    merges(net, same, x, expected, keep_base=False)
+    pk.unload(net)
+    pk.unload(same)
+    kinds = [type(m).__name__.removeprefix("FSDP") for m in net.modules()]
+    assert kinds == [type(m).__name__ for m in same.modules()]
+    assert [n for n, _ in net.named_parameters()] == [n for n, _ in same.named_parameters()]
+    with torch.no_grad():
+        torch.testing.assert_close(net(x), expected)
+    loss_of(net, x.clone().requires_grad_()).backward()
+    for (name, one), other in zip(net.named_parameters(), same.parameters(), strict=True):
+        torch.testing.assert_close(whole(one), other, msg=name)
+
+
+def merges(net, same, x, expected, keep_base):
+    before = {n: whole(layer.weight).clone() for n, layer in pk.adapted_modules(net).items()}
+    with torch.no_grad():
+        # Whole parameters stay at the outermost module, which merging must not be misled by.
+        net(x)
+        pk.merge(net, keep_base=keep_base)
+        pk.merge(same, keep_base=keep_base)
+        for name, layer in pk.adapted_modules(net).items():
+            other = same.get_submodule(name)
+            torch.testing.assert_close(whole(layer.weight), other.weight, rtol=1e-6, atol=1e-7)
+            if keep_base:
+                assert torch.equal(whole(layer.base_weight()), other.base_weight())
+        torch.testing.assert_close(net(x), expected)
+        pk.unmerge(net)
+        pk.unmerge(same)
+        torch.testing.assert_close(net(x), expected)
+    pk.adapter_state_dict(net)
+    for name, layer in pk.adapted_modules(net).items():
+        if keep_base:
+            assert torch.equal(whole(layer.weight), before[name])

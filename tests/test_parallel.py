@@ -1,0 +1,49 @@
+"""Adapted models on several ranks: real processes over gloo."""
+
+import pytest
+
+from tests import parallel_cases as cases
+
+
+@pytest.mark.parametrize(
+    "how, way, steps",
+    [
+        ("ddp", None, 2),
+        ("ddp", "reentrant", 1),
+        ("ddp", "not reentrant", 1),
+        ("fsdp", None, 2),
+        ("fsdp", "reentrant", 1),
+        ("fsdp", "not reentrant", 2),
+        ("fsdp of layers", None, 1),
+    ],
+)
+def test_gradients_are_those_of_one_process(two_ranks, how, way, steps):
+    two_ranks.run(cases.data_parallel, how, way, steps, False)
+
+
+@pytest.mark.parametrize("how", ["ddp", "fsdp"])
+def test_compiled(two_ranks, how):
+    two_ranks.run(cases.data_parallel, how, None, 1, True)
+
+
+def test_a_start_on_the_meta_device(two_ranks):
+    two_ranks.run(cases.meta_start)
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+@pytest.mark.parametrize("way", [None, "reentrant", "not reentrant"])
+def test_tensor_parallel(two_ranks, dropout, way):
+    two_ranks.run(cases.tp_gradients, dropout, way)
+
+
+def test_tensor_parallel_before_adapters(two_ranks):
+    two_ranks.run(cases.tp_gradients, before=True)
+
+
+def test_sequence_parallel(two_ranks):
+    two_ranks.run(cases.tp_gradients, sequence=True)
+
+
+@pytest.mark.parametrize("how", ["fsdp", "tp"])
+def test_the_same_calls(two_ranks, how, tmp_path):
+    two_ranks.run(cases.calls, how, str(tmp_path))
