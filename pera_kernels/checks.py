@@ -13,6 +13,7 @@ from torch import nn
 from .operands import Base, Factors, Options
 from .terms import coefficient_count
 
+PLAIN = (torch.Tensor, nn.Parameter)
 FLOATING = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 BACKENDS = ("auto", "triton", "torch", "reference")
 PLANS = ("auto", "factored", "composed")
@@ -123,6 +124,11 @@ def _check_tensor(name: str, value: object, ndim: int | None) -> None:
         raise TypeError(f"{name} must be a torch.Tensor; got {type(value).__name__}")
     if value.dtype not in FLOATING:
         raise TypeError(f"{name} must be float64, float32, bfloat16 or float16; got {value.dtype}")
+    if type(value) not in PLAIN and hasattr(type(value), "full_tensor"):
+        raise TypeError(
+            f"{name} must be a plain tensor; got a DTensor: call the module that fully_shard "
+            "wrapped, use the styles of pera_kernels.parallel, or pass .full_tensor()"
+        )
     if value.layout != torch.strided or value.is_nested:
         kind = "nested" if value.is_nested else str(value.layout).removeprefix("torch.")
         raise TypeError(f"{name} must be a dense tensor; got a {kind} one: call .to_dense() or pad")

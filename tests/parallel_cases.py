@@ -4,6 +4,7 @@ import contextlib
 import functools
 from pathlib import Path
 
+import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -15,6 +16,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
 import pera_kernels as pk
+from pera_kernels import parallel
 from pera_kernels.adapters.files import read_safetensors
 from pera_kernels.testing import judge
 
@@ -333,3 +335,134 @@ def merges(net, same, x, expected, keep_base):
     for name, layer in pk.adapted_modules(net).items():
         if keep_base:
             assert torch.equal(whole(layer.weight), before[name])
+
+
+@contextlib.contextmanager
+def little_patience(seconds=0.3):
+    from pera_kernels.adapters import ranks
+
+    before, ranks.PATIENCE = ranks.PATIENCE, seconds
+    try:
+        yield
+    finally:
+        ranks.PATIENCE = before
+
+
+def refused(kind, match, call):
+    """``call`` raises on this rank."""
+    with pytest.raises(kind, match=match):
+        call()
+
+
+CALLS = {
+    "save_adapter": lambda net, folder: pk.save_adapter(net, folder),
+    "load_adapter": lambda net, folder: pk.load_adapter(net, folder, overwrite=True),
+    "adapter_state_dict": lambda net, folder: pk.adapter_state_dict(net),
+    "merge": lambda net, folder: pk.merge(net),
+    "unmerge": lambda net, folder: pk.unmerge(net),
+    "unload": lambda net, folder: pk.unload(net),
+    "export_lora": lambda net, folder: pk.export_lora(net, folder, quiet=True),
+    "parallel.check": lambda net, folder: parallel.check(net),
+}
+
+
+def one_rank_alone(how, folder):
+    """A call that one rank makes alone ends, and nothing is changed or left over."""
+    net = sharded(how)
+    before = pk.adapter_state_dict(net)
+    with little_patience():
+        for name, call in CALLS.items():
+            if dist.get_rank() == 0:
+                refused(TimeoutError, f"{name}.*rank 1 of 2 did not", lambda c=call: c(net, folder))
+            dist.barrier()
+    for name, tensor in pk.adapter_state_dict(net).items():
+        assert torch.equal(tensor, before[name])
+    pk.merge(net)
+    pk.unmerge(net)
+
+
+def different_calls():
+    """Ranks that make different calls get an error each."""
+    net = sharded("fsdp")
+    with little_patience():
+        if dist.get_rank() == 0:
+            refused(TimeoutError, "^merge is for", lambda: pk.merge(net))
+        else:
+            refused(TimeoutError, "^adapter_state_dict is for", lambda: pk.adapter_state_dict(net))
+    dist.barrier()
+    pk.merge(net)
+
+
+def files_that_fail(folder):
+    """What fails on one rank fails on all: writing, reading, and what is not finite."""
+    net, rank = sharded("fsdp"), dist.get_rank()
+    (Path(folder) / "a_file").touch()
+    kind = OSError if rank == 0 else RuntimeError
+    refused(kind, "a_file", lambda: pk.save_adapter(net, f"{folder}/a_file/in"))
+    pk.save_adapter(net, f"{folder}/saved")
+    missing = f"{folder}/saved" if rank == 0 else f"{folder}/nowhere"
+    kind = RuntimeError if rank == 0 else FileNotFoundError
+    refused(kind, "no file", lambda: pk.load_adapter(net, missing, overwrite=True))
+    refused(ValueError, "hold something", lambda: pk.load_adapter(net, f"{folder}/saved"))
+    with torch.no_grad():
+        net.blocks[0].q_proj.pera_B.to_local().fill_(1e30 if rank == 1 else 0.0)
+        net.blocks[0].q_proj.pera_A.to_local().fill_(1e30)
+    refused(ValueError, "infinite or NaN", lambda: pk.merge(net))
+    assert not any(layer.merged for layer in pk.adapted_modules(net).values())
+    refused(ValueError, "infinite or NaN", lambda: pk.unload(net))
+    kind = ValueError if rank == 0 else RuntimeError
+    refused(kind, "overflows", lambda: pk.export_lora(net, f"{folder}/lora"))
+    dist.barrier()
+    assert not (Path(folder) / "lora").exists()
+
+
+def ranks_that_differ():
+    """``parallel.check`` raises on every rank."""
+    rank = dist.get_rank()
+    parallel.check(model())
+    refused(
+        ValueError, "values between rank 0 and rank 1", lambda: parallel.check(model(seed=rank))
+    )
+    other = model(terms="full" if rank == 0 else "square")
+    refused(ValueError, "options between rank 0 and rank 1", lambda: parallel.check(other))
+    one = model()
+    if rank == 1:
+        one = pk.inject(Model(), ["q_proj"], 3, modules_to_save=["head"])
+    refused(ValueError, "options between", lambda: parallel.check(one))
+    refused(ValueError, "no adapter to check", lambda: parallel.check(nn.Linear(2, 2)))
+    for how in ("fsdp", "tp"):
+        parallel.check(sharded(how))
+
+
+def adapters_after_wrapping():
+    for how in ("ddp", "fsdp"):
+        net = wrapped(Model(), how)
+        refused(ValueError, "before it is wrapped", lambda n=net: pk.inject(n, ["q_proj"]))
+
+
+def sizes_that_do_not_divide():
+    net = pk.inject(nn.Sequential(nn.Linear(8, 5), nn.Linear(5, 8)), ["0", "1"], 2)
+    mesh = init_device_mesh("cpu", (2,))
+    from torch.distributed.tensor.parallel import parallelize_module
+
+    for name, style in (("0", parallel.ColwiseParallel()), ("1", parallel.RowwiseParallel())):
+        refused(
+            ValueError,
+            "must be a multiple of the number of ranks.*=5 and a mesh of ",
+            lambda n=name, s=style: parallelize_module(net, mesh, {n: s}),
+        )
+    merged = pk.merge(pk.inject(nn.Sequential(nn.Linear(8, 4)), ["0"], 2))
+    style = {"0": parallel.ColwiseParallel()}
+    refused(ValueError, "unmerge first", lambda: parallelize_module(merged, mesh, style))
+    called = nn.Sequential(nn.Linear(8, 4))
+    called[0].register_forward_hook(lambda *_: None)
+    pk.inject(called, ["0"], 2)
+    refused(TypeError, "plain nn.Linear", lambda: parallelize_module(called, mesh, style))
+    layer = parallelize_module(pk.inject(nn.Sequential(nn.Linear(8, 4)), ["0"], 2), mesh, style)[0]
+    refused(TypeError, "must be a DTensor", lambda: layer.forward(torch.ones(2, 8)))
+    plain = pk.PeraLinear(8, 4, 2)
+    with_parts = DTensor.from_local(torch.ones(2, 8), mesh)
+    refused(TypeError, "DTensor", lambda: plain(with_parts))
+    refused(TypeError, "DTensor", lambda: pk.delta_weight(layer.pera_A, layer.pera_B, layer.pera_h))
+    net = sharded("fsdp")
+    refused(TypeError, "DTensor", lambda: net.blocks[0].q_proj(torch.ones(2, 8)))

@@ -2,10 +2,8 @@
 
 import multiprocessing
 import os
-import tempfile
 import traceback
 from datetime import timedelta
-from pathlib import Path
 
 
 class Ranks:
@@ -17,23 +15,21 @@ class Ranks:
 
     def start(self):
         context = multiprocessing.get_context("spawn")
-        self.folder = tempfile.TemporaryDirectory()
-        # A file instead of a port: nobody else can have taken it.
-        meeting = f"file://{self.folder.name}/meeting"
         for rank in range(self.count):
             here, there = context.Pipe()
-            arguments = (rank, self.count, meeting, there)
-            process = context.Process(target=_serve, args=arguments, daemon=True)
+            process = context.Process(target=_serve, args=(rank, self.count, there), daemon=True)
             process.start()
             self.processes.append((process, here))
+        # The first one takes a port that is free.
+        port = self.processes[0][1].recv()
+        for _, pipe in self.processes[1:]:
+            pipe.send(port)
 
     def stop(self):
         for process, pipe in self.processes:
             process.kill()
             process.join()
             pipe.close()
-        if self.processes:
-            self.folder.cleanup()
         self.processes = []
 
     def run(self, call, *args, seconds=60, **kwargs):
@@ -65,15 +61,18 @@ class Ranks:
         return found
 
 
-def _serve(rank, count, meeting, pipe):
+def _serve(rank, count, pipe):
     os.environ["OMP_NUM_THREADS"] = "1"
     import torch
     import torch.distributed as dist
 
     torch.set_num_threads(1)
-    dist.init_process_group(
-        "gloo", init_method=meeting, rank=rank, world_size=count, timeout=timedelta(seconds=30)
-    )
+    port = 0 if rank == 0 else pipe.recv()
+    store = dist.TCPStore("127.0.0.1", port, count, rank == 0, wait_for_workers=False)
+    if rank == 0:
+        pipe.send(store.port)
+    limit = timedelta(seconds=30)
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=count, timeout=limit)
     while True:
         try:
             call, args, kwargs = pipe.recv()
@@ -85,9 +84,3 @@ def _serve(rank, count, meeting, pipe):
         except BaseException:
             answer = (None, traceback.format_exc())
         pipe.send(answer)
-
-
-def folder_of(path):
-    """A folder that a rank makes or finds."""
-    Path(path).mkdir(parents=True, exist_ok=True)
-    return Path(path)

@@ -47,3 +47,28 @@ def test_sequence_parallel(two_ranks):
 @pytest.mark.parametrize("how", ["fsdp", "tp"])
 def test_the_same_calls(two_ranks, how, tmp_path):
     two_ranks.run(cases.calls, how, str(tmp_path))
+
+
+@pytest.mark.parametrize("how", ["fsdp", "tp"])
+def test_a_call_on_one_rank_alone_ends(two_ranks, how, tmp_path):
+    two_ranks.run(cases.one_rank_alone, how, str(tmp_path))
+
+
+def test_different_calls_end(two_ranks):
+    two_ranks.run(cases.different_calls)
+
+
+def test_what_fails_on_one_rank_fails_on_all(two_ranks, tmp_path):
+    two_ranks.run(cases.files_that_fail, str(tmp_path))
+
+
+def test_ranks_that_differ_are_told(two_ranks):
+    two_ranks.run(cases.ranks_that_differ)
+
+
+def test_adapters_after_wrapping_are_refused(two_ranks):
+    two_ranks.run(cases.adapters_after_wrapping)
+
+
+def test_what_cannot_be_distributed_is_refused(two_ranks):
+    two_ranks.run(cases.sizes_that_do_not_divide)

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import pickle
-import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import timedelta
@@ -44,34 +43,32 @@ def exchange(ranks: Sequence[int], call: str, told: Any) -> dict[int, Any]:
     Raises:
         TimeoutError: some did not make this call within ``PATIENCE`` seconds.
     """
-    key = (call, tuple(ranks))
-    place = f"pera_kernels/{call}/{'-'.join(map(str, ranks))}"
+    turns, own = (call, tuple(ranks)), dist.get_rank()
+    turn, place = _turns[turns], f"pera_kernels/{call}/{'-'.join(map(str, ranks))}"
     store = dist.PrefixStore(place, dist.distributed_c10d._get_default_store())
-    turn, own = _turns[key], str(dist.get_rank())
-    store.set(f"{turn}/{own}", pickle.dumps(told))  # type: ignore[arg-type]
-    end = time.monotonic() + PATIENCE
-    found: dict[int, Any] = {}
-    for rank in ranks:
-        left = max(end - time.monotonic(), 0.001)
-        try:
-            store.wait([f"{turn}/{rank}"], timedelta(seconds=left))
-        except dist.DistStoreError:
-            continue
-        found[rank] = pickle.loads(store.get(f"{turn}/{rank}"))
-    if len(found) < len(ranks):
-        # As if it had not been called: whoever comes later waits for a new call of this one.
-        store.delete_key(f"{turn}/{own}")
-        missing = [str(rank) for rank in ranks if rank not in found]
+    keys = {rank: f"{turn}/{rank}" for rank in ranks}
+    store.set(keys[own], pickle.dumps(told))  # type: ignore[arg-type]
+    try:
+        store.wait(list(keys.values()), timedelta(seconds=PATIENCE))
+    except RuntimeError:
+        missing = [str(rank) for rank, key in keys.items() if not store.check([key])]
+        # As if this process had not come: who comes later waits for a new call of it.
+        store.delete_key(keys[own])
+        if not missing:
+            raise
         raise TimeoutError(
             f"{call} is for every process that holds a part of the model: rank "
-            f"{', '.join(missing)} of {len(ranks)} did not call it within {PATIENCE:g} s, "
-            f"and rank {own} did"
-        )
-    _turns[key] += 1
+            f"{', '.join(missing)} of {len(ranks)} did not call it within {PATIENCE:g} s of rank "
+            f"{own}'s call"
+        ) from None
+    # One message for all, where the store can.
+    every = list(keys.values())
+    found = store.multi_get(every) if store.has_extended_api() else [store.get(k) for k in every]
+    _turns[turns] += 1
     # Everybody who is here has read what was told in the turn before.
     if turn:
         store.delete_key(f"{turn - 1}/{own}")
-    return found
+    return dict(zip(ranks, map(pickle.loads, found), strict=True))
 
 
 class Together:
