@@ -79,6 +79,12 @@ def _ranks(count):
 
 
 @pytest.fixture(scope="session")
+def one_rank():
+    """One process with a group of its own."""
+    yield from _ranks(1)
+
+
+@pytest.fixture(scope="session")
 def two_ranks():
     """Two processes over gloo."""
     yield from _ranks(2)

@@ -58,13 +58,14 @@ class Model(nn.Module):
 
 def model(way=None, dtype=torch.float32, dropout=0.0, terms="full", seed=1, fill=True):
     torch.manual_seed(seed)
-    built = Model(way).to(dtype)
+    built = Model(way)
     pk.inject(built, TARGETS, 3, dropout=dropout, terms=terms, modules_to_save=["head"])
     if fill:
         with torch.no_grad():
             for p in pk.adapter_parameters(built):
                 p.normal_(std=0.3)
-    return built
+    # The same values in every dtype, up to rounding.
+    return built.to(dtype)
 
 
 def batch(dtype=torch.float32):
@@ -108,6 +109,8 @@ def compare(found, dtype=torch.float32, dropout=0.0):
     for name, got in found.items():
         verdict = judge(name, got.to(reference[name].dtype), reference[name], truth[name], dtype)
         assert verdict.passed, verdict
+        # The measure is one: both compute the same up to rounding.
+        torch.testing.assert_close(got.double(), truth[name], rtol=1e-3, atol=1e-5)
 
 
 def wrapped(net, how, mesh=None):
@@ -466,3 +469,167 @@ def sizes_that_do_not_divide():
     refused(TypeError, "DTensor", lambda: pk.delta_weight(layer.pera_A, layer.pera_B, layer.pera_h))
     net = sharded("fsdp")
     refused(TypeError, "DTensor", lambda: net.blocks[0].q_proj(torch.ones(2, 8)))
+
+
+def mixed_precision():
+    """bfloat16 parameters in the forward of float32 ones: gradients near those of float32."""
+    net = wrapped(model(), "fsdp bf16")
+    found = gradients(net, batch(), how="fsdp")
+    reference = alone_in_bfloat16()
+    truth = alone(torch.float64, "reference")
+    for name, got in found.items():
+        assert got.dtype == (torch.float64 if name == "loss" else torch.float32)
+        verdict = judge(name, got.bfloat16(), reference[name], truth[name], torch.bfloat16)
+        assert verdict.passed, verdict
+
+
+@functools.lru_cache
+def alone_in_bfloat16():
+    """What one process computes with parameters in bfloat16, of each rank's rows."""
+    net, total = model(dtype=torch.bfloat16), 0.0
+    for rows in batch(torch.bfloat16).chunk(dist.get_world_size()):
+        loss = loss_of(net, rows) / dist.get_world_size()
+        loss.backward()
+        total += loss.detach()
+    return {"loss": total, **{n: p.grad for n, p in trained_parameters(net).items()}}
+
+
+def two_dimensions():
+    """FSDP2 around tensor parallelism, on four ranks."""
+    from torch.distributed.tensor.parallel import parallelize_module
+
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("data", "tensor"))
+    net = parallelize_module(model(), mesh["tensor"], plan())
+    for block in net.blocks:
+        fully_shard(block, mesh=mesh["data"])
+    fully_shard(net, mesh=mesh["data"])
+    x = batch()
+    part = x.chunk(2)[mesh.get_local_rank("data")]
+    loss = loss_of(net, part.clone().requires_grad_())
+    loss.backward()
+    total = loss.detach().double()
+    dist.all_reduce(total)
+    found = {n: whole(p.grad) for n, p in trained_parameters(net).items()}
+    compare({"loss": total / 4, **found})
+    same = model()
+    for name, tensor in pk.adapter_state_dict(net).items():
+        assert torch.equal(tensor, pk.adapter_state_dict(same)[name])
+    with torch.no_grad():
+        merges(net, same, x, same(x), keep_base=True)
+        merges(net, same, x, same(x), keep_base=False)
+
+
+def compiled_parts():
+    """A tensor-parallel model is compiled without a break, and computes the same."""
+    net = tensor_parallel(model(dropout=0.3))
+    torch._dynamo.reset()
+    call = torch.compile(net, backend="aot_eager", fullgraph=True)
+    torch.manual_seed(11)
+    loss = loss_of(call, batch().requires_grad_())
+    loss.backward()
+    found = {n: whole(p.grad) for n, p in trained_parameters(net).items()}
+    compare({"loss": loss.detach(), **found}, dropout=0.3)
+    torch._dynamo.reset()
+
+
+def reduced_once():
+    """A row-wise layer reduces its output, and dB and dh; a column-wise one dx, dA and dh."""
+    from torch.distributed.tensor.debug import CommDebugMode
+
+    from pera_kernels.parallel import ColwiseParallel, RowwiseParallel
+
+    for style, rows in ((ColwiseParallel, 0), (RowwiseParallel, 1)):
+        layer = nn.Sequential(nn.Linear(8, 12))
+        pk.inject(layer, ["0"], 3)
+        mesh = init_device_mesh("cpu", (2,))
+        from torch.distributed.tensor.parallel import parallelize_module
+
+        parallelize_module(layer, mesh, {"0": style()})
+        x = torch.randn(4, 4 if rows else 8, requires_grad=True)
+        counts = CommDebugMode()
+        with counts:
+            layer(x).sum().backward()
+        assert counts.get_total_counts() == 3, counts.get_comm_counts()
+
+
+def resumed(folder, save):
+    """Train, save by torch.distributed.checkpoint, and go on with another number of ranks."""
+    import torch.distributed.checkpoint as dcp
+    from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+
+    net = wrapped(model(), "fsdp") if dist.get_world_size() > 1 else model()
+    optimizer = torch.optim.AdamW(pk.parameter_groups(net, 1e-2))
+    how = "fsdp" if dist.get_world_size() > 1 else "one"
+
+    def step():
+        optimizer.zero_grad()
+        if how == "one":
+            loss = loss_of(net, batch())
+            loss.backward()
+        else:
+            loss = gradients(net, batch(), how="fsdp")["loss"]
+        optimizer.step()
+        return float(loss)
+
+    if save:
+        losses = [step() for _ in range(3)]
+    own, state = get_state_dict(net, optimizer)
+    if save:
+        dcp.save({"model": own, "optimizer": state}, checkpoint_id=folder)
+        return losses + [step() for _ in range(2)]
+    dcp.load({"model": own, "optimizer": state}, checkpoint_id=folder)
+    set_state_dict(net, optimizer, model_state_dict=own, optim_state_dict=state)
+    return [step() for _ in range(2)]
+
+
+def llama():
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "vocab_size": 32}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2}
+    return LlamaForCausalLM(LlamaConfig(**sizes, **heads, max_position_embeddings=16))
+
+
+def of_transformers(folder):
+    """Adapters in a model that transformers has sharded by its ``tp_plan``."""
+    from transformers import AutoModelForCausalLM
+    from transformers.distributed import DistributedConfig
+
+    if dist.get_rank() == 0:
+        llama().save_pretrained(folder)
+    dist.barrier()
+    config = DistributedConfig(tp_size=2)
+    net = AutoModelForCausalLM.from_pretrained(folder, distributed_config=config)
+    same = AutoModelForCausalLM.from_pretrained(folder)
+    for one in (net, same):
+        torch.manual_seed(3)
+        pk.inject(one, TARGETS, 3)
+    assert parallel_kinds(net) == {"ColumnWise", "RowWise"}
+    tokens = torch.arange(12).reshape(2, 6) % 32
+    for name, layer in pk.adapted_modules(same).items():
+        A, B, h = layer._factors()
+        for part, tensor in (("pera_A", A), ("pera_B", B), ("pera_h", h)):
+            torch.manual_seed(len(name))
+            nn.init.normal_(tensor, std=0.3)
+            pk.sharded.write(net.get_submodule(name), part, tensor.detach())
+    outputs = [one(input_ids=tokens, labels=tokens) for one in (net, same)]
+    torch.testing.assert_close(outputs[0].logits, outputs[1].logits, rtol=1e-4, atol=1e-5)
+    for output in outputs:
+        output.loss.backward()
+    for (name, one), other in zip(net.named_parameters(), same.parameters(), strict=True):
+        assert (one.grad is None) == (other.grad is None), name
+        if one.grad is not None:
+            torch.testing.assert_close(whole(one.grad), other.grad, rtol=1e-4, atol=1e-6, msg=name)
+    with torch.no_grad():
+        expected = same(input_ids=tokens).logits
+        torch.testing.assert_close(net(input_ids=tokens).logits, expected, rtol=1e-4, atol=1e-5)
+        pk.merge(net)
+        torch.testing.assert_close(net(input_ids=tokens).logits, expected, rtol=1e-4, atol=1e-5)
+        pk.unload(net)
+        assert not parallel_kinds(net)
+        torch.testing.assert_close(net(input_ids=tokens).logits, expected, rtol=1e-4, atol=1e-5)
+
+
+def parallel_kinds(net):
+    return {type(layer).__name__ for layer in pk.adapted_modules(net).values()}

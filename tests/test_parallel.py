@@ -72,3 +72,36 @@ def test_adapters_after_wrapping_are_refused(two_ranks):
 
 def test_what_cannot_be_distributed_is_refused(two_ranks):
     two_ranks.run(cases.sizes_that_do_not_divide)
+
+
+def test_mixed_precision(two_ranks):
+    two_ranks.run(cases.mixed_precision)
+
+
+def test_tensor_parallel_compiled(two_ranks):
+    two_ranks.run(cases.compiled_parts)
+
+
+def test_tensor_parallel_with_the_kernels(two_ranks, triton_backend):
+    two_ranks.run(cases.tp_gradients, dropout=0.3, backend=triton_backend)
+
+
+def test_every_gradient_is_reduced_once(two_ranks):
+    two_ranks.run(cases.reduced_once)
+
+
+def test_a_checkpoint_of_two_ranks_goes_on_with_one_and_with_four(
+    two_ranks, four_ranks, one_rank, tmp_path
+):
+    (losses, _) = two_ranks.run(cases.resumed, str(tmp_path), True)
+    for ranks in (two_ranks, four_ranks, one_rank):
+        for found in ranks.run(cases.resumed, str(tmp_path), False):
+            assert found == pytest.approx(losses[3:], rel=1e-5)
+
+
+def test_two_dimensions(four_ranks):
+    four_ranks.run(cases.two_dimensions)
+
+
+def test_adapters_in_what_transformers_sharded(two_ranks, tmp_path):
+    two_ranks.run(cases.of_transformers, str(tmp_path))
