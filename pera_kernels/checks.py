@@ -222,9 +222,14 @@ def check_frozen(weight: torch.Tensor | None, bias: torch.Tensor | None) -> None
     for tensor in (weight, bias):
         if tensor is not None and tensor.requires_grad and torch.is_grad_enabled():
             name = "weight" if tensor is weight else "bias"
-            raise ValueError(
-                f"{name} must not require grad: PERA trains A, B and h on a frozen base; "
+            # FSDP1 cuts it out of one flat parameter, in which A, B and h train.
+            mended = (
                 f"call {name}.requires_grad_(False)"
+                if isinstance(tensor, nn.Parameter)
+                else "freeze what it is computed from; instead of FSDP1 use FSDP2 (fully_shard)"
+            )
+            raise ValueError(
+                f"{name} must not require grad: PERA trains A, B and h on a frozen base; {mended}"
             )
 
 

@@ -83,13 +83,14 @@ def part(tensor: Any) -> tuple[slice, ...]:
     return tuple(slice(first, first + n) for first, n in zip(offset, shape, strict=True))
 
 
-def factors_of_part(factors: Factors, weight: torch.Tensor) -> Factors:
+def factors_of_part(factors: Factors, weight: torch.Tensor, transposed: bool = False) -> Factors:
     """Of whole factors what makes this process's part of ΔW ``(M, N)``, where the weight is a
-    DTensor: the rows of B and the columns of A. The expansion mixes neither.
+    DTensor (``transposed``: of shape ``(N, M)``): the rows of B and the columns of A. The expansion
+    mixes neither.
     """
     if not is_dtensor(weight):
         return factors
-    rows, columns = part(weight)
+    rows, columns = reversed(part(weight)) if transposed else part(weight)
     return Factors(factors.A[:, columns], factors.B[rows], factors.h)
 
 

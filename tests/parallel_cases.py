@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import json
 from pathlib import Path
 
 import pytest
@@ -263,7 +264,13 @@ def tp_gradients(dropout=0.0, way=None, backend="torch", sequence=False, before=
 
 
 def assert_same_files(one, other):
-    configs = [(Path(folder) / "adapter_config.json").read_bytes() for folder in (one, other)]
+    configs = [
+        json.loads((Path(folder) / "adapter_config.json").read_text()) for folder in (one, other)
+    ]
+    for config in configs:
+        # PEFT writes a set, and the class of the model, which FSDP2 changes.
+        config["target_modules"].sort()
+        config.pop("auto_mapping", None)
     assert configs[0] == configs[1]
     files = [Path(folder) / "adapter_model.safetensors" for folder in (one, other)]
     (tensors, told), (others, expected) = map(read_safetensors, files)
@@ -435,6 +442,14 @@ def ranks_that_differ():
     refused(ValueError, "no adapter to check", lambda: parallel.check(nn.Linear(2, 2)))
     for how in ("fsdp", "tp"):
         parallel.check(sharded(how))
+
+
+def fsdp1():
+    """Its flat parameter trains what is frozen, which is refused with what to use."""
+    from torch.distributed.fsdp import FullyShardedDataParallel
+
+    net = FullyShardedDataParallel(model(), use_orig_params=True, device_id=torch.device("cpu"))
+    refused(ValueError, "instead of FSDP1 use FSDP2", lambda: net(batch()))
 
 
 def adapters_after_wrapping():
@@ -633,3 +648,71 @@ def of_transformers(folder):
 
 def parallel_kinds(net):
     return {type(layer).__name__ for layer in pk.adapted_modules(net).values()}
+
+
+def under_peft(folder):
+    """PEFT's calls on a model that FSDP2 shards."""
+    import peft
+
+    from pera_kernels.peft import PeraConfig
+
+    def adapted():
+        torch.manual_seed(1)
+        net = peft.get_peft_model(Model(), PeraConfig(r=3, target_modules=TARGETS))
+        with torch.no_grad():
+            for name, p in net.named_parameters():
+                if ".pera_" in name:
+                    p.normal_(std=0.3)
+        return net
+
+    same, net, x = adapted(), adapted(), batch()
+    model = net.get_base_model()
+    for block in model.blocks:
+        fully_shard(block)
+    fully_shard(model)
+    with torch.no_grad():
+        expected = same(x)
+        torch.testing.assert_close(net(x), expected)
+    loss_of(net, own_rows(x)).backward()
+    loss_of(same, x).backward()
+    for (name, one), other in zip(net.named_parameters(), same.parameters(), strict=True):
+        if one.grad is not None:
+            torch.testing.assert_close(whole(one.grad), other.grad, rtol=1e-4, atol=1e-6, msg=name)
+    before = {n: whole(p).clone() for n, p in net.named_parameters()}
+    with torch.no_grad():
+        net(x)
+        net.merge_adapter()
+        torch.testing.assert_close(net(x), expected)
+        for layer in net.base_model._layers().values():
+            assert torch.isfinite(layer.get_delta_weight("default")).all()
+        net.unmerge_adapter()
+        torch.testing.assert_close(net(x), expected)
+    for block in [model, *model.blocks]:
+        block.reshard()
+    assert all(torch.equal(whole(p), before[n]) for n, p in net.named_parameters())
+    net.save_pretrained(f"{folder}/peft", is_main_process=dist.get_rank() == 0)
+    pk.export_lora(net, f"{folder}/lora", quiet=True)
+    if dist.get_rank() == 0:
+        same.save_pretrained(f"{folder}/same")
+        pk.export_lora(same, f"{folder}/same_lora", quiet=True)
+        assert_same_files(f"{folder}/peft", f"{folder}/same")
+        assert_same_files(f"{folder}/lora", f"{folder}/same_lora")
+    dist.barrier()
+    merged = net.merge_and_unload()
+    with torch.no_grad():
+        torch.testing.assert_close(merged(x), expected)
+    refused(
+        ValueError,
+        "before it is wrapped",
+        lambda: peft.get_peft_model(merged, net.peft_config["default"]),
+    )
+    mesh = init_device_mesh("cpu", (2,))
+    from torch.distributed.tensor.parallel import parallelize_module
+
+    parts = parallelize_module(
+        nn.Sequential(nn.Linear(8, 8)), mesh, {"0": parallel.ColwiseParallel()}
+    )
+    config = PeraConfig(r=3, target_modules=["0"])
+    refused(
+        ValueError, "sharded: use pera_kernels.inject", lambda: peft.get_peft_model(parts, config)
+    )

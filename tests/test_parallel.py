@@ -70,6 +70,11 @@ def test_adapters_after_wrapping_are_refused(two_ranks):
     two_ranks.run(cases.adapters_after_wrapping)
 
 
+@pytest.mark.filterwarnings("ignore")
+def test_fsdp1_is_refused(two_ranks):
+    two_ranks.run(cases.fsdp1)
+
+
 def test_what_cannot_be_distributed_is_refused(two_ranks):
     two_ranks.run(cases.sizes_that_do_not_divide)
 
@@ -105,3 +110,8 @@ def test_two_dimensions(four_ranks):
 
 def test_adapters_in_what_transformers_sharded(two_ranks, tmp_path):
     two_ranks.run(cases.of_transformers, str(tmp_path))
+
+
+def test_peft_under_fsdp(two_ranks, tmp_path):
+    pytest.importorskip("peft")
+    two_ranks.run(cases.under_peft, str(tmp_path))

@@ -222,8 +222,8 @@ def adopt(
     for name, _, layer in places:
         if hasattr(layer, "_hf_hook") and any(p.is_meta for p in layer.parameters()):
             raise ValueError(
-                f"{name} is offloaded by accelerate, and its adapter would have no device: load "
-                "the model without offloading"
+                f"{name} is offloaded by accelerate, and no new weight can be put in its place: "
+                "inject before the model is offloaded"
             )
     refuse_read_weights(model, (name for name, _, _ in places))
     trainable = [(p, p.requires_grad) for p in model.parameters()]

@@ -19,6 +19,17 @@ from pera_kernels.linear import features, is_plain_linear, unobserved
 from pera_kernels.memory import Tie, refuse_tied
 from pera_kernels.module import PeraLinear, Sharing
 from pera_kernels.operands import Base, Factors, Options
+from pera_kernels.sharded import (
+    factors_of_part,
+    here,
+    is_dtensor,
+    is_offloaded,
+    is_partition,
+    kept,
+    like,
+    put_back,
+    whole,
+)
 from pera_kernels.switch import Switch
 from pera_kernels.terms import Terms, coefficient_count
 
@@ -49,6 +60,8 @@ def unsupported(module: nn.Module) -> str | None:
     if features(module) is None:
         return "it is not a linear layer: in_features and out_features are missing"
     weight = getattr(module, "weight", None)
+    if is_dtensor(weight) or hasattr(module, "_hf_tp_plan"):
+        return "its weight is sharded: use pera_kernels.inject, or adapt it before"
     if isinstance(weight, torch.Tensor) and weight.dim() > 2:
         return f"its weight has {weight.dim()} dimensions: experts are not supported"
     return None
@@ -67,7 +80,7 @@ def _base_apart(layer: PeraLayer, state_dict: dict[str, Any], prefix: str, _: An
     key = prefix + "base_layer.weight"
     if layer._merged_base is None or key not in state_dict:
         return
-    state_dict[key] = layer._merged_base
+    state_dict[key] = like(layer.get_base_layer().weight, layer._merged_base)
     if not _asked_by_peft():
         warnings.warn(
             "PERA adapters are merged, but this state dict holds the weights of the base and the "
@@ -168,7 +181,7 @@ class PeraLayer(nn.Module, BaseTunerLayer):
         if config.init_weights is False:
             nn.init.normal_(B, std=0.1)
             nn.init.normal_(h, std=0.1)
-        device, dtype = self._get_base_layer_device_and_dtype(self.get_base_layer())
+        device, dtype = self._place()
         dtype = dtype if dtype in FLOATING else torch.float32
         self.pera_A[adapter_name] = nn.Parameter(A.to(device, dtype))
         self.pera_B[adapter_name] = nn.Parameter(B.to(device, dtype))
@@ -176,13 +189,21 @@ class PeraLayer(nn.Module, BaseTunerLayer):
             self.pera_h[adapter_name] = nn.Parameter(h.to(device, dtype))
         self.set_adapter(self.active_adapters)
 
+    def _place(self) -> tuple[torch.device | None, torch.dtype | None]:
+        """Device and dtype of the base; of an offloaded one the device on which it computes."""
+        base = self.get_base_layer()
+        device, dtype = self._get_base_layer_device_and_dtype(base)
+        if is_offloaded(base):
+            device = torch.device(base._hf_hook.execution_device)  # type: ignore[union-attr, arg-type]
+        return device, dtype
+
     def _move_adapter_to_device_of_base_layer(
         self, adapter_name: str, device: torch.device | None = None
     ) -> None:
         """What PEFT calls once it has loaded an adapter. Its dtype stays: PEFT's own method would
         round it to that of the base.
         """
-        device = device or self._get_base_layer_device_and_dtype(self.get_base_layer())[0]
+        device = device or self._place()[0]
         for own in (self.pera_A, self.pera_B, self.pera_h):
             if adapter_name in own and device is not None and not own[adapter_name].is_meta:
                 own[adapter_name].data = own[adapter_name].data.to(device)
@@ -201,6 +222,14 @@ class PeraLayer(nn.Module, BaseTunerLayer):
         h = self.pera_h[name] if name in self.pera_h else None
         return Factors(self.pera_A[name], self.pera_B[name], h)
 
+    def _whole_factors(self, name: str) -> Factors:
+        """The same, of an adapter that is sharded or offloaded."""
+        found: list[torch.Tensor | None] = []
+        for own in (self.pera_A, self.pera_B, self.pera_h):
+            with here(own, [name]):
+                found.append(whole(own[name]) if name in own else None)
+        return Factors(*found)  # type: ignore[arg-type]
+
     def pera_view(self, adapter: str | None = None) -> AdapterView | None:
         """One adapter as ``export_lora`` takes it; the active one if none is named."""
         if adapter is None:
@@ -213,7 +242,7 @@ class PeraLayer(nn.Module, BaseTunerLayer):
             adapter = own[0] if own else None
         if adapter is None or adapter not in self.pera_A:
             return None
-        A, B, h = self._factors(adapter)
+        A, B, h = self._whole_factors(adapter)
         return AdapterView(
             A, B, h, self.scaling[adapter], self.terms[adapter], self.merged, self.fan_in_fan_out
         )
@@ -249,10 +278,15 @@ class PeraLayer(nn.Module, BaseTunerLayer):
         return True
 
     def get_delta_weight(self, adapter: str) -> torch.Tensor:
-        """s φ(B) diag(1, h) φ(A) as the base stores its weight; in at least float32."""
-        factors, terms = self._factors(adapter), self.terms[adapter]
+        """s φ(B) diag(1, h) φ(A) as the base stores its weight; in at least float32. Of a sharded
+        layer the whole: a call for every process that holds a part.
+        """
+        factors = self._whole_factors(adapter)
+        return self._exact_delta(adapter, factors, factors.A)
+
+    def _exact_delta(self, adapter: str, factors: Factors, like: torch.Tensor) -> torch.Tensor:
         delta = functional.exact_delta_weight(
-            factors, scale=self.scaling[adapter], terms=terms, like=factors.A
+            factors, scale=self.scaling[adapter], terms=self.terms[adapter], like=like
         )
         return delta.t() if self.fan_in_fan_out else delta
 
@@ -267,7 +301,13 @@ class PeraLayer(nn.Module, BaseTunerLayer):
             )
         # A class with a forward of its own may compute something else from its weight.
         known = is_conv1d(base) or type(base).forward is nn.Linear.forward
-        if not (known and type(weight) is nn.Parameter and weight.dtype in FLOATING):
+        if is_partition(weight):
+            raise TypeError(
+                "the weight is partitioned by ZeRO-3, where PEFT's layers do not merge: save the "
+                "adapter and merge it into a model that is whole"
+            )
+        plain = type(weight) is nn.Parameter or is_dtensor(weight)
+        if not (known and plain and weight.dtype in FLOATING):
             raise TypeError(
                 f"merging needs a plain dense base; {type(base).__name__} with a weight of type "
                 f"{type(weight).__name__} is none, for its class computes something else or its "
@@ -284,12 +324,13 @@ class PeraLayer(nn.Module, BaseTunerLayer):
             ValueError: with ``safe``, the result is not finite.
         """
         weight = self._dense_weight()
-        base = weight if self._merged_base is None else self._merged_base
+        base = weight if self._merged_base is None else like(weight, self._merged_base)
         total = base.to(torch.promote_types(base.dtype, torch.float32), copy=True)
         for name in adapter_names:
-            total += self.get_delta_weight(name)
+            factors = factors_of_part(self._whole_factors(name), weight, self.fan_in_fan_out)
+            total += like(weight, self._exact_delta(name, factors, total))
         merged = total.to(weight.dtype)
-        if safe and not torch.isfinite(merged).all():
+        if safe and whole((~torch.isfinite(merged)).sum()):
             raise ValueError(
                 f"merging {', '.join(adapter_names)} would make weights infinite or NaN; the "
                 "weight is unchanged"
@@ -313,7 +354,7 @@ class PeraLayer(nn.Module, BaseTunerLayer):
         if self._merged_base is None:
             # A copy that is made in inference mode could not be used outside of it.
             with torch.inference_mode(False):
-                self._merged_base = weight.detach().clone()
+                self._merged_base = kept(weight).detach().clone()
         weight.copy_(merged)
         self.merged_adapters.extend(names)
 
@@ -324,7 +365,7 @@ class PeraLayer(nn.Module, BaseTunerLayer):
             warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
             return
         assert self._merged_base is not None
-        self._dense_weight().copy_(self._merged_base)
+        put_back(self._dense_weight(), self._merged_base)
         self._merged_base = None
         self.merged_adapters.clear()
 
@@ -387,6 +428,8 @@ class PeraLayer(nn.Module, BaseTunerLayer):
     def _add(self, name: str, x: torch.Tensor, base: Base) -> torch.Tensor:
         """The base's output, made or given, and the update of one adapter."""
         adapter = self._factors(name)
+        if adapter.A.is_meta and is_offloaded(self.pera_A):
+            adapter = self._whole_factors(name)
         if base.out is not None and base.out.dtype != x.dtype:
             x = x.to(base.out.dtype)
         if not _fits(adapter, x):

@@ -23,12 +23,14 @@ from torch import nn
 
 from pera_kernels.adapters.export import best_of_rank, expanded
 from pera_kernels.adapters.hooks import remove_all_hooks
-from pera_kernels.adapters.inject import HEADS
+from pera_kernels.adapters.inject import HEADS, refuse_parallel
 from pera_kernels.adapters.optimizer import warn_of_idle_products
+from pera_kernels.adapters.ranks import together
 from pera_kernels.adapters.shared_inputs import shared_inputs
 from pera_kernels.adapters.ties import refuse_shared, ties
 from pera_kernels.adapters.uncalled import refuse_read_weights, watch
 from pera_kernels.checks import naming, some
+from pera_kernels.sharded import is_dtensor, whole
 from pera_kernels.terms import check_rank
 
 from .config import PeraConfig
@@ -53,6 +55,7 @@ class PeraModel(BaseTuner):
         A module that stands under two names is adapted under both. Entries of the configuration
         that match nothing are named in a warning, but not where an adapter is loaded for inference.
         """
+        refuse_parallel(model)
         layers = {m for m in model.modules() if isinstance(m, PeraLayer)}
         held = {m for m in layers if adapter_name in m.pera_A}
         trainable = [(p, p.requires_grad) for p in model.parameters()]
@@ -96,10 +99,17 @@ class PeraModel(BaseTuner):
     def _get_adapter_state_dict(
         cls, model: nn.Module, config: PeraConfig, adapter_name: str, *args: Any, **kwargs: Any
     ) -> dict[str, torch.Tensor]:
-        """As PEFT's, for ``save_pretrained``: it warns where h trained to next to nothing."""
+        """As PEFT's, for ``save_pretrained``: it warns where h trained to next to nothing.
+
+        What is sharded is gathered: ``save_pretrained`` is then a call for every process that holds
+        a part, of which one writes (``is_main_process``).
+        """
         found: dict[str, torch.Tensor] = super()._get_adapter_state_dict(
             model, config, adapter_name, *args, **kwargs
         )
+        if any(map(is_dtensor, found.values())):
+            with together(model, "save_pretrained"):
+                found = {name: whole(tensor).cpu() for name, tensor in found.items()}
         h = f".pera_h.{adapter_name}"
         if any(p.requires_grad for name, p in model.named_parameters() if name.endswith(h)):
             parts = PeraLayer.adapter_layer_names
@@ -178,11 +188,12 @@ class PeraModel(BaseTuner):
         if peft_config.fan_in_fan_out != is_conv1d(target):
             peft_config.fan_in_fan_out = is_conv1d(target)
         layer = PeraLayer(target)
-        layer.update_layer(adapter_name, r, alpha, peft_config)
         layer.train(target.training)
+        # It moves what is there to the base's device, which has no values where it is offloaded.
+        self._replace_module(parent, target_name, layer, target)
+        layer.update_layer(adapter_name, r, alpha, peft_config)
         if adapter_name not in self.active_adapters:
             layer.requires_grad_(False)
-        self._replace_module(parent, target_name, layer, target)
 
     def _layers(self, model: nn.Module | None = None) -> dict[str, PeraLayer]:
         named = (model or self.model).named_modules()
@@ -222,6 +233,10 @@ class PeraModel(BaseTuner):
             ValueError: there is no adapter of one of these names, a weight is shared with another
                 module, or (``safe_merge``) a result is not finite.
         """
+        with together(self.model, "merge_adapter"):
+            self._merge_adapter(adapter_names, safe_merge)
+
+    def _merge_adapter(self, adapter_names: list[str] | None, safe_merge: bool) -> None:
         self._check_known(adapter_names or [])
         self._check_merge_allowed()
         before = {layer: list(layer.merged_adapters) for layer in self._layers().values()}
@@ -238,7 +253,11 @@ class PeraModel(BaseTuner):
                             layer.merge(adapter_names=names)
             raise
 
-    def _unload_and_optionally_merge(
+    def _unload_and_optionally_merge(self, *args: Any, **kwargs: Any) -> nn.Module:
+        with together(self.model, "unload"):
+            return self._unload(*args, **kwargs)
+
+    def _unload(
         self,
         merge: bool = True,
         progressbar: bool = False,
