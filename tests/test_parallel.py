@@ -15,6 +15,7 @@ from tests import parallel_cases as cases
         ("fsdp", "reentrant", 1),
         ("fsdp", "not reentrant", 2),
         ("fsdp of layers", None, 1),
+        ("fsdp of adapters", None, 1),
     ],
 )
 def test_gradients_are_those_of_one_process(two_ranks, how, way, steps):
@@ -44,7 +45,7 @@ def test_sequence_parallel(two_ranks):
     two_ranks.run(cases.tp_gradients, sequence=True)
 
 
-@pytest.mark.parametrize("how", ["fsdp", "tp"])
+@pytest.mark.parametrize("how", ["fsdp", "fsdp of adapters", "tp"])
 def test_the_same_calls(two_ranks, how, tmp_path):
     two_ranks.run(cases.calls, how, str(tmp_path))
 

@@ -60,14 +60,22 @@ def is_fsdp(module: nn.Module) -> bool:
 def forget_adapters(model: nn.Module, now: Mapping[PeraLinear, nn.Module]) -> None:
     """Let FSDP2 hold the weights of layers in those that took their place, and no adapters."""
     for module in filter(is_fsdp, model.modules()):
-        state = module._get_fsdp_state()  # type: ignore[operator]
-        for group in getattr(state, "_fsdp_param_groups", None) or [state._fsdp_param_group]:
+        state: Any = module._get_fsdp_state()  # type: ignore[operator]
+        several = hasattr(state, "_fsdp_param_groups")
+        groups = state._fsdp_param_groups if several else [state._fsdp_param_group]
+        for group in filter(None, groups):
             held = [p for p in group.fsdp_params if not _is_adapter(p._module_info, now)]
             group.fsdp_params[:] = held
             for parameter in held:
                 info = parameter._module_info
                 info.module = now.get(info.module, info.module)
                 info.shared_modules = [now.get(m, m) for m in info.shared_modules]
+        # As fully_shard leaves a module without parameters.
+        left = [group for group in groups if group is not None and group.fsdp_params]
+        if several:
+            groups[:] = left
+        elif not left:
+            state._fsdp_param_group = None
 
 
 def _is_adapter(info: Any, layers: Mapping[PeraLinear, nn.Module]) -> bool:

@@ -63,7 +63,8 @@ def exchange(ranks: Sequence[int], call: str, told: Any) -> dict[int, Any]:
         ) from None
     # One message for all, where the store can.
     every = list(keys.values())
-    found = store.multi_get(every) if store.has_extended_api() else [store.get(k) for k in every]
+    at_once = store.has_extended_api()  # type: ignore[attr-defined]
+    found = store.multi_get(every) if at_once else [store.get(key) for key in every]
     _turns[turns] += 1
     # Everybody who is here has read what was told in the turn before.
     if turn:

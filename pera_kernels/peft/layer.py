@@ -292,7 +292,7 @@ class PeraLayer(nn.Module, BaseTunerLayer):
 
     def _dense_weight(self) -> torch.Tensor:
         base = self.get_base_layer()
-        weight = getattr(base, "weight", None)
+        weight: Any = getattr(base, "weight", None)
         if type(weight) is torch.Tensor:
             raise TypeError(
                 f"the weight of this {type(base).__name__} is computed anew from other tensors (by "
