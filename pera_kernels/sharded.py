@@ -7,7 +7,7 @@ To make a shard or a partition whole, or to write one, is for all processes that
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -25,6 +25,7 @@ __all__ = [
     "like",
     "part",
     "put_back",
+    "refuse_active",
     "shape_of",
     "whole",
     "write",
@@ -132,6 +133,15 @@ def like(tensor: Any, local: torch.Tensor) -> torch.Tensor:
     return local.to(tensor.device)
 
 
+def refuse_active(parameters: Iterable[torch.Tensor]) -> None:
+    """Raise if a forward under ZeRO-3 has not ended, whose parameters cannot be partitioned."""
+    if any(getattr(parameter, "ds_active_sub_modules", None) for parameter in parameters):
+        raise RuntimeError(
+            "a forward of this model began and did not end, and ZeRO-3 keeps its parameters whole: "
+            "call engine.empty_partition_cache() first, on every rank"
+        )
+
+
 def _is_empty(partition: torch.Tensor) -> bool:
     return partition.numel() == 0
 
@@ -154,8 +164,11 @@ def here(module: nn.Module, names: Sequence[str], *, written: bool = False) -> I
     own = {name: p for name in names if (p := module._parameters.get(name)) is not None}
     partitions = [p for p in own.values() if is_partition(p) and (written or _is_empty(p))]
     if partitions:
+        refuse_active(partitions)
         with _gathered(partitions, written):
             yield
+        for partition in partitions if written else ():
+            _tell_optimizer(partition)
     elif is_offloaded(module) and any(p.is_meta for p in own.values()):
         hook: Any = module._hf_hook
         hook.pre_forward(module)
@@ -167,6 +180,18 @@ def here(module: nn.Module, names: Sequence[str], *, written: bool = False) -> I
             hook.post_forward(module, None)
     else:
         yield
+        for parameter in own.values() if written else ():
+            _tell_optimizer(parameter)
+
+
+def _tell_optimizer(parameter: Any) -> None:
+    """Give new values to DeepSpeed's optimizer, which steps from a copy that it keeps."""
+    optimizer = getattr(parameter, "_z3_optimizer", None)
+    if optimizer is not None:
+        if optimizer.get_param_id(parameter) in optimizer.grad_position:
+            optimizer.set_local_hp_param(parameter.ds_tensor, parameter)
+    elif hasattr(parameter, "_hp_mapping"):
+        parameter.set_full_hp_param(parameter)
 
 
 def _return(weights: Any, name: str, value: torch.Tensor) -> None:

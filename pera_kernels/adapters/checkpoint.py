@@ -26,6 +26,7 @@ from ..module import PARTS, AdapterOptions, PeraLinear
 from ..operands import Factors
 from ..terms import TERMS
 from . import files
+from .engines import is_deepspeed
 from .inject import (
     base_name,
     require_adapters,
@@ -71,12 +72,13 @@ class AdapterFile:
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
-    """The model inside a ``torch.compile`` or data-parallel wrapper, whose names are the plain
-    ones.
+    """The model inside a ``torch.compile`` or data-parallel wrapper or DeepSpeed's engine, whose
+    names are the plain ones.
     """
     parallel = (nn.DataParallel, nn.parallel.DistributedDataParallel)
     while True:
-        inner = model.module if isinstance(model, parallel) else getattr(model, "_orig_mod", None)
+        outer = isinstance(model, parallel) or is_deepspeed(model)
+        inner = model.module if outer else getattr(model, "_orig_mod", None)
         if not isinstance(inner, nn.Module):
             return model
         model = inner

@@ -13,7 +13,14 @@ from torch import nn
 from ..module import PARTS, PeraLinear
 from ..sharded import is_dtensor, is_partition
 
-__all__ = ["forget_adapters", "is_fsdp", "is_held", "take_over"]
+__all__ = [
+    "forget_adapters",
+    "is_deepspeed",
+    "is_fsdp",
+    "is_held",
+    "is_in_deepspeed",
+    "take_over",
+]
 
 HOOKS = (
     *("_forward_pre_hooks", "_forward_pre_hooks_with_kwargs"),
@@ -32,10 +39,16 @@ def is_held(layer: nn.Module) -> bool:
 def take_over(old: nn.Module, new: nn.Module) -> None:
     """Attach to ``new`` what an engine attached to ``old``."""
     for name in HOOKS:
-        getattr(new, name).update(getattr(old, name))
+        # Not copied: who registered a hook can still remove it.
+        setattr(new, name, getattr(old, name))
     for name, value in vars(old).items():
         if name.startswith(("ds_", "pre_bwd", "post_bwd", "applied_pre_backward", "_external")):
             vars(new)[name] = value
+    for function in (getattr(old, name, None) for name in ("pre_bwd_fn", "post_bwd_fn")):
+        # DeepSpeed makes it for one layer.
+        for cell in getattr(getattr(function, "setup_context", None), "__closure__", None) or ():
+            if cell.cell_contents is old:
+                cell.cell_contents = new
     if hasattr(old, "_hf_hook"):
         from accelerate.hooks import add_hook_to_module
 
@@ -55,6 +68,19 @@ def _style(layer: nn.Module) -> dict[str, Any] | None:
 def is_fsdp(module: nn.Module) -> bool:
     """Whether FSDP2's ``fully_shard`` wraps this module itself."""
     return any(kind.__name__ == "FSDPModule" for kind in type(module).__mro__)
+
+
+def is_deepspeed(module: nn.Module) -> bool:
+    """Whether it is DeepSpeed's engine around a model."""
+    return any(kind.__name__ == "DeepSpeedEngine" for kind in type(module).__mro__)
+
+
+def is_in_deepspeed(module: nn.Module) -> bool:
+    """Whether DeepSpeed's engine attached something to a module that it wraps: ZeRO-3 to every
+    module, ZeRO-1 and 2 to parameters that train.
+    """
+    own = module._parameters.values()
+    return "ds_id" in vars(module) or any(getattr(p, "_hp_mapping", None) for p in own)
 
 
 def forget_adapters(model: nn.Module, now: Mapping[PeraLinear, nn.Module]) -> None:

@@ -17,7 +17,7 @@ from ..module import AdapterOptions, PeraLinear, PeraOverModule, is_adapted
 from ..sharded import is_dtensor
 from ..terms import Terms
 from . import shared_inputs as sharing
-from .engines import take_over
+from .engines import is_in_deepspeed, take_over
 from .shared_inputs import SHARED_INPUTS
 from .ties import ties
 from .uncalled import refuse_read_weights, watch
@@ -271,6 +271,8 @@ def refuse_parallel(model: nn.Module) -> None:
     """Raise for a model that others synchronize: they would leave new parameters out."""
     for module in model.modules():
         kinds = [kind.__name__ for kind in type(module).__mro__ if kind.__name__ in PARALLEL]
+        if is_in_deepspeed(module):
+            kinds.append("DeepSpeedEngine")
         if kinds:
             raise ValueError(
                 f"model is wrapped in {kinds[0]}, which would not synchronize new adapters: put "

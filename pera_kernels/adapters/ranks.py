@@ -17,7 +17,7 @@ import torch.distributed as dist
 from torch import nn
 
 from ..checks import check_model
-from ..sharded import is_dtensor, is_partition, whole
+from ..sharded import is_dtensor, is_partition, refuse_active, whole
 from .engines import is_fsdp
 
 __all__ = ["Together", "all_ranks", "exchange", "ranks_of", "together"]
@@ -145,6 +145,7 @@ def together(model: nn.Module, call: str) -> Iterator[Together]:
         # After a forward the outermost module keeps whole parameters: a write would be lost.
         if is_fsdp(module):
             module.reshard()  # type: ignore[operator]
+    refuse_active(model.parameters())
     group = Together(ranks_of(model), call)
     if group.ranks:
         exchange(group.ranks, call, None)
