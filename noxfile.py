@@ -84,6 +84,13 @@ def slow(session: nox.Session) -> None:
 
 
 @nox.session
+def zero(session: nox.Session) -> None:
+    """Training and every call under DeepSpeed's ZeRO, on two processes without GPUs."""
+    session.install("-e", ".[test]", "deepspeed")
+    session.run("pytest", "-m", "slow", "tests/test_zero.py", *session.posargs)
+
+
+@nox.session
 def mutants(session: nox.Session) -> None:
     """Break kernels, orders and autograd one line at a time: a test must notice."""
     session.install("-e", ".[test]")
