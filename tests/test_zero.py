@@ -55,3 +55,13 @@ def test_an_adapter_is_reset(two_ranks, stage, threshold):
 @pytest.mark.parametrize("threshold", [cases.ALL_PARTITIONED, cases.ALL_GATHERED])
 def test_an_unloaded_model_is_saved(two_ranks, threshold, tmp_path):
     two_ranks.run(cases.saved_whole, threshold, str(tmp_path))
+
+
+def test_adapters_in_float32_over_half_precision(two_ranks, tmp_path):
+    two_ranks.run(cases.half_precision, str(tmp_path))
+
+
+@pytest.mark.parametrize("threshold", [cases.ALL_PARTITIONED, cases.ALL_GATHERED])
+def test_under_peft(two_ranks, threshold, tmp_path):
+    pytest.importorskip("peft")
+    two_ranks.run(cases.under_peft, threshold, str(tmp_path))

@@ -337,3 +337,65 @@ def saved_whole(threshold, folder):
         for name, tensor in found.items():
             assert torch.equal(tensor, expected[name])
     dist.barrier()
+
+
+def half_precision(folder):
+    """Adapters in float32 over a base in bfloat16 are gathered and stepped in float32."""
+    start()
+
+    def adapted(dtype):
+        torch.manual_seed(1)
+        net = cases.Model().to(torch.bfloat16).to(dtype)
+        return pk.inject(net, cases.TARGETS, 3)
+
+    engine, same = engine_of(adapted(torch.bfloat16)), adapted(torch.bfloat16)
+    optimizer = optimizer_of(same)
+    x = cases.batch(torch.bfloat16)
+    for _ in range(2):
+        loss = cases.loss_of(engine, cases.own_rows(x).clone().requires_grad_())
+        engine.backward(loss)
+        engine.step()
+        cases.loss_of(same, x).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    pk.save_adapter(engine, folder)
+    pk.load_adapter(same, folder, overwrite=True)
+    found = pk.adapter_state_dict(engine)
+    assert {tensor.dtype for tensor in found.values()} == {torch.float32}
+    assert all(torch.equal(pk.adapter_state_dict(same)[n], t) for n, t in found.items())
+    pk.unload(engine)
+    pk.unload(same)
+    for one, other in zip(engine.parameters(), same.parameters(), strict=True):
+        assert torch.equal(gathered(one), other)
+
+
+def under_peft(threshold, folder):
+    """PEFT's ``save_pretrained`` writes what is whole, or says what to give it."""
+    import peft
+
+    from pera_kernels.peft import PeraConfig
+
+    start()
+    torch.manual_seed(1)
+    config = PeraConfig(r=3, target_modules=cases.TARGETS, modules_to_save=["head"])
+    engine = engine_of(peft.get_peft_model(cases.Model(), config), threshold=threshold)
+    step(engine)
+    net, first = engine.module, dist.get_rank() == 0
+    whole_state = engine._zero3_consolidated_16bit_state_dict()
+    if threshold == ALL_PARTITIONED:
+        cases.refused(
+            ValueError, "get_state_dict", lambda: net.save_pretrained(f"{folder}/{dist.get_rank()}")
+        )
+    else:
+        assert is_gathered(net)
+        net.save_pretrained(f"{folder}/gathered", is_main_process=first)
+    if first:
+        net.save_pretrained(f"{folder}/saved", state_dict=whole_state)
+    pk.export_lora(engine, f"{folder}/lora", quiet=True)
+    dist.barrier()
+    torch.manual_seed(1)
+    other = peft.PeftModel.from_pretrained(cases.Model(), f"{folder}/saved")
+    own = dict(other.named_parameters())
+    for name, parameter in net.named_parameters():
+        assert torch.equal(gathered(parameter), own[name]), name
+    cases.refused(TypeError, "ZeRO-3", net.merge_adapter)

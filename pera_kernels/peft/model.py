@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import math
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -30,7 +30,7 @@ from pera_kernels.adapters.shared_inputs import shared_inputs
 from pera_kernels.adapters.ties import refuse_shared, ties
 from pera_kernels.adapters.uncalled import refuse_read_weights, watch
 from pera_kernels.checks import naming, some
-from pera_kernels.sharded import is_dtensor, whole
+from pera_kernels.sharded import is_dtensor, is_partition, whole
 from pera_kernels.terms import check_rank
 
 from .config import PeraConfig
@@ -97,16 +97,36 @@ class PeraModel(BaseTuner):
 
     @classmethod
     def _get_adapter_state_dict(
-        cls, model: nn.Module, config: PeraConfig, adapter_name: str, *args: Any, **kwargs: Any
+        cls,
+        model: nn.Module,
+        config: PeraConfig,
+        adapter_name: str,
+        state_dict: Mapping[str, torch.Tensor],
+        *args: Any,
+        **kwargs: Any,
     ) -> dict[str, torch.Tensor]:
         """As PEFT's, for ``save_pretrained``: it warns where h trained to next to nothing.
 
         What is sharded is gathered: ``save_pretrained`` is then a call for every process that holds
         a part, of which one writes (``is_main_process``).
+
+        Raises:
+            ValueError: the state dict has not the values of what ZeRO-3 partitioned.
         """
         found: dict[str, torch.Tensor] = super()._get_adapter_state_dict(
-            model, config, adapter_name, *args, **kwargs
+            model, config, adapter_name, state_dict, *args, **kwargs
         )
+        empty = [
+            name
+            for name, p in model.named_parameters()
+            if is_partition(p) and (p.requires_grad or name in found)
+            if name in state_dict and not state_dict[name].numel()
+        ]
+        if empty:
+            raise ValueError(
+                f"ZeRO-3 partitioned {some(empty)}, whose values a state dict has not: give "
+                "save_pretrained one that has, state_dict=accelerator.get_state_dict(engine)"
+            )
         if any(map(is_dtensor, found.values())):
             with together(model, "save_pretrained"):
                 found = {name: whole(tensor).cpu() for name, tensor in found.items()}
