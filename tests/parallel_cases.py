@@ -3,6 +3,8 @@
 import contextlib
 import functools
 import json
+import os
+import re
 import weakref
 from pathlib import Path
 
@@ -478,11 +480,43 @@ def ranks_that_differ():
 
 
 def fsdp1():
-    """Its flat parameter trains what is frozen, which is refused with what to use."""
+    """Its flat parameter trains what is frozen, which is refused; without adapters it works."""
     from torch.distributed.fsdp import FullyShardedDataParallel
 
-    net = FullyShardedDataParallel(model(), use_orig_params=True, device_id=torch.device("cpu"))
-    refused(ValueError, "instead of FSDP1 use FSDP2", lambda: net(batch()))
+    own = {"use_orig_params": True, "device_id": torch.device("cpu")}
+    net = FullyShardedDataParallel(model(), **own)
+    refused(ValueError, "leave the adapters out.*use FSDP2", lambda: net(batch()))
+    net = model()
+    trained = [p for p in net.parameters() if p.requires_grad]
+    net = FullyShardedDataParallel(net, ignored_states=trained, **own)
+    loss = loss_of(net, own_rows(batch()).requires_grad_())
+    loss.backward()
+    found = {}
+    for name, p in trained_parameters(net).items():
+        dist.all_reduce(p.grad)
+        found[name] = p.grad / dist.get_world_size()
+    total = loss.detach().double()
+    dist.all_reduce(total)
+    compare({"loss": total / dist.get_world_size(), **found})
+
+
+def tied_weights():
+    """A weight that two layers hold is not merged into, sharded or not."""
+    net = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
+    net[1].weight = net[0].weight
+    pk.inject(net, ["0"], 2)
+    fully_shard(net)
+    refused(ValueError, "shared", lambda: pk.merge(net))
+
+
+def page(path, folder):
+    """The code of a page."""
+    os.chdir(folder)
+    names = {}
+    for code in re.findall(r"```py\n(.*?)```", Path(path).read_text(), re.DOTALL):
+        exec(compile(code, path, "exec"), names)
+    dist.barrier()
+    assert (Path(folder) / "adapter" / "adapter_model.safetensors").exists()
 
 
 def adapters_after_wrapping():

@@ -1,8 +1,12 @@
 """Adapted models on several ranks: real processes over gloo."""
 
+from pathlib import Path
+
 import pytest
 
 from tests import parallel_cases as cases
+
+DOCS = Path(__file__).parents[1] / "docs"
 
 
 @pytest.fixture
@@ -78,8 +82,15 @@ def test_adapters_after_wrapping_are_refused(two_ranks):
     two_ranks.run(cases.adapters_after_wrapping)
 
 
-@pytest.mark.filterwarnings("ignore")
-def test_fsdp1_is_refused(two_ranks):
+def test_tied_weights_are_refused(two_ranks):
+    two_ranks.run(cases.tied_weights)
+
+
+def test_the_page(two_ranks, tmp_path):
+    two_ranks.run(cases.page, str(DOCS / "parallel.md"), str(tmp_path))
+
+
+def test_fsdp1(two_ranks):
     two_ranks.run(cases.fsdp1)
 
 
