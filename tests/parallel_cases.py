@@ -5,6 +5,7 @@ import functools
 import json
 import os
 import re
+import warnings
 import weakref
 from pathlib import Path
 
@@ -14,7 +15,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
@@ -122,6 +123,8 @@ def wrapped(net, how, mesh=None):
         return DistributedDataParallel(net)
     policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16) if how == "fsdp bf16" else None
     options = {} if policy is None else {"mp_policy": policy}
+    if how == "fsdp offloaded":
+        options["offload_policy"] = CPUOffloadPolicy(pin_memory=False)
     if how == "fsdp of adapters":
         options["ignored_params"] = {p for p in net.parameters() if not p.requires_grad}
     for block in net.blocks:
@@ -312,9 +315,9 @@ def assert_same_files(one, other):
         assert torch.equal(tensor, others[name]), name
 
 
-def calls(how, folder):
+def calls(how, folder, terms):
     """Save, load, merge, export and the rest on a sharded model are those of a whole one."""
-    net, same = sharded(how), model()
+    net, same = sharded(how, terms=terms), model(terms=terms)
     x = batch()
     with torch.no_grad():
         expected = same(x)
@@ -340,7 +343,7 @@ def calls(how, folder):
         assert_same_files(f"{folder}/saved", f"{folder}/same")
         assert_same_files(f"{folder}/lora", f"{folder}/same_lora")
     dist.barrier()
-    other = sharded(how, seed=2)
+    other = sharded(how, seed=2, terms=terms)
     pk.load_adapter(other, f"{folder}/saved", overwrite=True)
     # What is not adapted is drawn anew: its weights are not in the file.
     for name, tensor in pk.adapter_state_dict(other).items():
@@ -372,6 +375,12 @@ def merges(net, same, x, expected, keep_base):
             torch.testing.assert_close(whole(layer.weight), other.weight, rtol=1e-6, atol=1e-7)
             if keep_base:
                 assert torch.equal(whole(layer.base_weight()), other.base_weight())
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            # It holds W0 and the adapter apart.
+            held = net.state_dict()
+        for name, weight in before.items():
+            torch.testing.assert_close(whole(held[f"{name}.weight"]), weight)
         torch.testing.assert_close(net(x), expected)
         pk.unmerge(net)
         pk.unmerge(same)

@@ -56,9 +56,10 @@ def test_sequence_parallel(two_ranks):
     two_ranks.run(cases.tp_gradients, sequence=True)
 
 
-@pytest.mark.parametrize("how", ["fsdp", "fsdp of adapters", "tp"])
-def test_the_same_calls(two_ranks, how, tmp_path):
-    two_ranks.run(cases.calls, how, str(tmp_path))
+@pytest.mark.parametrize("how", ["fsdp", "fsdp of adapters", "fsdp offloaded", "tp"])
+@pytest.mark.parametrize("terms", ["full", "linear"])
+def test_the_same_calls(two_ranks, how, terms, tmp_path):
+    two_ranks.run(cases.calls, how, str(tmp_path), terms)
 
 
 @pytest.mark.parametrize("how", ["fsdp", "tp"])
