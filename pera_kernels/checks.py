@@ -226,7 +226,8 @@ def check_frozen(weight: torch.Tensor | None, bias: torch.Tensor | None) -> None
             mended = (
                 f"call {name}.requires_grad_(False)"
                 if isinstance(tensor, nn.Parameter)
-                else "freeze what it is computed from; instead of FSDP1 use FSDP2 (fully_shard)"
+                else "freeze what it is computed from; under FSDP1 leave the adapters out "
+                "(ignored_states), or use FSDP2 (fully_shard)"
             )
             raise ValueError(
                 f"{name} must not require grad: PERA trains A, B and h on a frozen base; {mended}"

@@ -9,8 +9,9 @@ DDP, FSDP2 and ZeRO-3 need nothing of this module.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import partial
 from typing import Any
 
@@ -40,9 +41,10 @@ class ColwiseParallel(styles.ColwiseParallel):
     """
 
     def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
-        if not isinstance(module, PeraLinear):
+        if isinstance(module, PeraLinear):
+            return _distribute(self, module, device_mesh, 0)
+        with _staying_frozen(module):
             return super()._apply(module, device_mesh)
-        return _distribute(self, module, device_mesh, 0)
 
 
 class RowwiseParallel(styles.RowwiseParallel):
@@ -55,10 +57,11 @@ class RowwiseParallel(styles.RowwiseParallel):
     """
 
     def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
-        if not isinstance(module, PeraLinear):
+        if isinstance(module, PeraLinear):
+            self.desired_input_layouts = (Shard(-1),)
+            return _distribute(self, module, device_mesh, 1)
+        with _staying_frozen(module):
             return super()._apply(module, device_mesh)
-        self.desired_input_layouts = (Shard(-1),)
-        return _distribute(self, module, device_mesh, 1)
 
 
 def _distribute(style: Any, layer: PeraLinear, mesh: DeviceMesh, dim: int) -> nn.Module:
@@ -67,6 +70,15 @@ def _distribute(style: Any, layer: PeraLinear, mesh: DeviceMesh, dim: int) -> nn
     come = partial(style._prepare_input_fn, style.input_layouts, style.desired_input_layouts)
     go = partial(style._prepare_output_fn, style.output_layouts, style.use_local_output)
     return distribute_module(layer, mesh, None, come, go)
+
+
+@contextlib.contextmanager
+def _staying_frozen(module: nn.Module) -> Iterator[None]:
+    """What was frozen is frozen afterwards: PyTorch 2.8 makes new parameters, which train."""
+    frozen = [name for name, p in module.named_parameters() if not p.requires_grad]
+    yield
+    for name in frozen:
+        module.get_parameter(name).requires_grad_(False)
 
 
 def check(model: nn.Module, ranks: Sequence[int] | None = None) -> None:

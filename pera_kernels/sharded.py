@@ -52,7 +52,10 @@ def whole(tensor: torch.Tensor) -> torch.Tensor:
     where it is no part.
     """
     if is_dtensor(tensor):
-        return tensor.full_tensor()  # type: ignore[attr-defined, no-any-return]
+        shard: Any = tensor
+        device = shard.device_mesh.device_type
+        # What FSDP2 offloads is gathered where the processes can talk.
+        return (shard if shard.device.type == device else shard.to(device)).full_tensor()  # type: ignore[no-any-return]
     if is_partition(tensor):
         with _gathered([tensor] if _is_empty(tensor) else []):
             return tensor.detach().clone()

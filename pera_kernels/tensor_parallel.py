@@ -23,8 +23,7 @@ from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distrib
 from . import checks, functional
 from .dropout import draw_seed, keep_mask, keep_scale
 from .module import AdapterOptions, PeraLinear, PeraOverModule
-from .operands import Base, Factors, tokens
-from .sharded import part
+from .operands import Base, Factors, Options, tokens
 
 __all__ = ["ColumnWise", "RowWise", "TensorParallelLinear", "adapting", "shard"]
 
@@ -33,6 +32,9 @@ class TensorParallelLinear(PeraLinear):
     """A :class:`PeraLinear` whose parameters are DTensors on a mesh of one dimension. It takes a
     DTensor and returns one; the formulas are computed on plain tensors, the parts of this rank.
     """
+
+    # On the mesh; asked for once, which torch.compile need not trace.
+    rank: int
 
     def _mesh(self) -> DeviceMesh:
         if not (torch.compiler.is_compiling() or self.was_called):
@@ -76,8 +78,8 @@ class RowWise(TensorParallelLinear):
     def forward(self, input: Any) -> torch.Tensor:
         mesh = self._mesh()
         x = _dtensor(input).redistribute(mesh, [Shard(-1)]).to_local()
-        # Summed over ranks it is added once.
-        bias = _local(self.bias) if mesh.get_local_rank() == 0 else None
+        # The sum over ranks has the bias once.
+        bias = _local(self.bias) if self.rank == 0 else None
         if self._is_dense():
             y = F.linear(x, self._weight(), bias)
         else:
@@ -87,10 +89,11 @@ class RowWise(TensorParallelLinear):
             if p > 0.0:
                 # The kernels' mask begins at the first column, which is another rank's.
                 base = Base(None, None, F.linear(x, self._weight(), bias))
-                first, T = part(A)[1].start, tokens(x).shape[0]
-                mask = keep_mask(_common_seed(x, mesh), T, x.shape[-1], p, first)
+                T, N = tokens(x).shape
+                mask = keep_mask(_common_seed(x, mesh), T, N, p, first=self.rank * N)
                 x = x.masked_fill(~mask.view(x.shape), 0.0)
-                options = options._replace(dropout_p=0.0, scale=options.scale * keep_scale(p))
+                terms, scale, _, plan, backend = options
+                options = Options(terms, scale * keep_scale(p), 0.0, plan, backend)
             y = functional.apply(x, base, adapter, options)
         return DTensor.from_local(y, mesh, [Partial()], run_check=False)
 
@@ -156,6 +159,7 @@ def shard(
         value = distribute_tensor(parameter, mesh, [placement], src_data_rank=src_data_rank)
         layer._parameters[part_name] = nn.Parameter(value, parameter.requires_grad)
     layer.__class__ = (ColumnWise, RowWise)[dim]
+    layer.rank = mesh.get_local_rank()  # type: ignore[assignment]
     return layer  # type: ignore[return-value]
 
 

@@ -3,6 +3,9 @@
 import contextlib
 import functools
 import json
+import os
+import re
+import warnings
 import weakref
 from pathlib import Path
 
@@ -12,7 +15,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
@@ -120,6 +123,8 @@ def wrapped(net, how, mesh=None):
         return DistributedDataParallel(net)
     policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16) if how == "fsdp bf16" else None
     options = {} if policy is None else {"mp_policy": policy}
+    if how == "fsdp offloaded":
+        options["offload_policy"] = CPUOffloadPolicy(pin_memory=False)
     if how == "fsdp of adapters":
         options["ignored_params"] = {p for p in net.parameters() if not p.requires_grad}
     for block in net.blocks:
@@ -151,6 +156,14 @@ def gradients(net, x, steps=1, how="ddp"):
     dist.all_reduce(total)
     found = {n: whole(p.grad) for n, p in trained_parameters(net).items()}
     return {"loss": total / dist.get_world_size(), **found}
+
+
+def fsdp_averages():
+    """Whether FSDP2 averages gradients over ranks; PyTorch 2.8 adds them up over gloo."""
+    net = nn.Linear(4, 4)
+    fully_shard(net)
+    net(torch.ones(1, 4)).sum().backward()
+    return bool((net.bias.grad.full_tensor() == 1.0).all())
 
 
 def data_parallel(how, way, steps, compiled):
@@ -302,9 +315,9 @@ def assert_same_files(one, other):
         assert torch.equal(tensor, others[name]), name
 
 
-def calls(how, folder):
+def calls(how, folder, terms):
     """Save, load, merge, export and the rest on a sharded model are those of a whole one."""
-    net, same = sharded(how), model()
+    net, same = sharded(how, terms=terms), model(terms=terms)
     x = batch()
     with torch.no_grad():
         expected = same(x)
@@ -330,7 +343,7 @@ def calls(how, folder):
         assert_same_files(f"{folder}/saved", f"{folder}/same")
         assert_same_files(f"{folder}/lora", f"{folder}/same_lora")
     dist.barrier()
-    other = sharded(how, seed=2)
+    other = sharded(how, seed=2, terms=terms)
     pk.load_adapter(other, f"{folder}/saved", overwrite=True)
     # What is not adapted is drawn anew: its weights are not in the file.
     for name, tensor in pk.adapter_state_dict(other).items():
@@ -362,6 +375,12 @@ def merges(net, same, x, expected, keep_base):
             torch.testing.assert_close(whole(layer.weight), other.weight, rtol=1e-6, atol=1e-7)
             if keep_base:
                 assert torch.equal(whole(layer.base_weight()), other.base_weight())
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            # It holds W0 and the adapter apart.
+            held = net.state_dict()
+        for name, weight in before.items():
+            torch.testing.assert_close(whole(held[f"{name}.weight"]), weight)
         torch.testing.assert_close(net(x), expected)
         pk.unmerge(net)
         pk.unmerge(same)
@@ -470,11 +489,43 @@ def ranks_that_differ():
 
 
 def fsdp1():
-    """Its flat parameter trains what is frozen, which is refused with what to use."""
+    """Its flat parameter trains what is frozen, which is refused; without adapters it works."""
     from torch.distributed.fsdp import FullyShardedDataParallel
 
-    net = FullyShardedDataParallel(model(), use_orig_params=True, device_id=torch.device("cpu"))
-    refused(ValueError, "instead of FSDP1 use FSDP2", lambda: net(batch()))
+    own = {"use_orig_params": True, "device_id": torch.device("cpu")}
+    net = FullyShardedDataParallel(model(), **own)
+    refused(ValueError, "leave the adapters out.*use FSDP2", lambda: net(batch()))
+    net = model()
+    trained = [p for p in net.parameters() if p.requires_grad]
+    net = FullyShardedDataParallel(net, ignored_states=trained, **own)
+    loss = loss_of(net, own_rows(batch()).requires_grad_())
+    loss.backward()
+    found = {}
+    for name, p in trained_parameters(net).items():
+        dist.all_reduce(p.grad)
+        found[name] = p.grad / dist.get_world_size()
+    total = loss.detach().double()
+    dist.all_reduce(total)
+    compare({"loss": total / dist.get_world_size(), **found})
+
+
+def tied_weights():
+    """A weight that two layers hold is not merged into, sharded or not."""
+    net = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
+    net[1].weight = net[0].weight
+    pk.inject(net, ["0"], 2)
+    fully_shard(net)
+    refused(ValueError, "shared", lambda: pk.merge(net))
+
+
+def page(path, folder):
+    """The code of a page."""
+    os.chdir(folder)
+    names = {}
+    for code in re.findall(r"```py\n(.*?)```", Path(path).read_text(), re.DOTALL):
+        exec(compile(code, path, "exec"), names)
+    dist.barrier()
+    assert (Path(folder) / "adapter" / "adapter_model.safetensors").exists()
 
 
 def adapters_after_wrapping():

@@ -105,34 +105,39 @@ class Together:
         """The result of what every process does by itself, such as reading a file: if it fails in
         one, it fails in all.
         """
-        return self._run(action)[0]
+        if not self.ranks:
+            return action()
+        result, failure = _tried(action)
+        self._agree(failure, None)
+        return result  # type: ignore[return-value]
 
     def on_first(self, action: Callable[[], ResultT]) -> ResultT:
         """The result of what the first process alone does, for all. If it fails there, it fails
         in all.
         """
-        _, results = self._run(action if self.is_first else None, shared=True)
-        return results[0]  # type: ignore[no-any-return]
-
-    def _run(self, action: Callable[[], Any] | None, shared: bool = False) -> tuple[Any, list[Any]]:
-        """This process's result, and if they are ``shared`` those of all."""
-        result = failure = None
-        try:
-            result = action() if action else None
-        except Exception as error:
-            if not self.ranks:
-                raise
-            failure = error
         if not self.ranks:
-            return result, [result]
+            return action()
+        result, failure = _tried(action) if self.is_first else (None, None)
+        return self._agree(failure, result)[0]  # type: ignore[no-any-return]
+
+    def _agree(self, failure: Exception | None, result: Any) -> list[Any]:
+        """The results of all processes, or one's failure in all."""
         text = None if failure is None else f"{type(failure).__name__}: {failure}"
-        told = exchange(self.ranks, f"the end of {self.call}", (text, result if shared else None))
+        told = exchange(self.ranks, f"the end of {self.call}", (text, result))
         if failure is not None:
             raise failure
         for rank, (text, _) in told.items():
             if text is not None:
                 raise RuntimeError(f"{self.call} failed on rank {rank}: {text}")
-        return result, [value for _, value in told.values()]
+        return [value for _, value in told.values()]
+
+
+def _tried(action: Callable[[], ResultT]) -> tuple[ResultT | None, Exception | None]:
+    """A result or a failure, which the others have to be told before it is raised."""
+    try:
+        return action(), None
+    except Exception as error:
+        return None, error
 
 
 @contextlib.contextmanager
