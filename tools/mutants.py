@@ -53,6 +53,8 @@ FAR_LANES = ("tests/test_guarded_memory.py::test_operands_whose_rows_or_columns_
 FAR_SUMS = ("tests/test_guarded_memory.py::test_a_contraction_writes_far_partial_sums",)
 PLANS = ("tests/test_plan.py",)
 CHOICES = ("tests/test_choices.py",)
+PARTS = ("tests/test_parallel.py::test_tensor_parallel",)
+SAME_CALLS = ("tests/test_parallel.py::test_the_same_calls",)
 STRIDED = ("tests/test_numerics.py::test_strided_inputs",)
 
 # fmt: off
@@ -173,6 +175,31 @@ _TABLE: dict[str, tuple[tuple[str, str, str, tuple[str, ...]], ...]] = {
         ("a base layer that is called gets no gradient",
          "if need_out else None", "if False else None",
          ("tests/test_module.py",)),
+    ),
+    "sharded.py": (
+        ("a part of a column-wise layer takes the rows of another rank",
+         "factors.A[:, columns], factors.B[rows]",
+         "factors.A[:, columns], factors.B.roll(1, 0)[rows]", SAME_CALLS),
+        ("an offloaded weight that was merged is not returned",
+         "for name in own if written else ():", "for name in ():", ("tests/test_offload.py",)),
+    ),
+    "tensor_parallel.py": (
+        ("gradients that ranks add up are not added", "added.to_local(grad_placements=[Partial()])",
+         "added.to_local()", PARTS),
+        ("dx of a column-wise layer is one rank's",
+         "whole.to_local(grad_placements=[Partial()])", "whole.to_local()", PARTS),
+        ("every rank adds the bias", "if self.rank == 0 else None", "if self.rank >= 0 else None",
+         PARTS),
+        ("the mask of a row-wise layer begins anew on every rank", "first=self.rank * N",
+         "first=0", PARTS),
+        ("each rank has a mask of its own", "wait_tensor(broadcast(draw_seed(x.device), 0, mesh))",
+         "draw_seed(x.device)", PARTS),
+    ),
+    "adapters/ranks.py": (
+        ("a call that failed on another rank goes on", "if text is not None:", "if False:",
+         ("tests/test_parallel.py::test_what_fails_on_one_rank_fails_on_all",)),
+        ("whole parameters of the outermost module are written to", "if is_fsdp(module):",
+         "if False:", SAME_CALLS),
     ),
     "adapters/shared_inputs.py": (
         ("a waiting output is given out for another tensor",
