@@ -70,14 +70,14 @@ def step(engine):
     return total / dist.get_world_size()
 
 
-def alone(dtype, backend, steps=STEPS, net=None):
+def alone(dtype, backend):
     """Losses and parameters of one process that steps on the whole batch."""
-    net = net or cases.model(dtype=dtype)
+    net = cases.model(dtype=dtype)
     for layer in pk.adapted_modules(net).values():
         layer.backend = backend
     optimizer = optimizer_of(net)
     found = {}
-    for number in range(steps):
+    for number in range(STEPS):
         loss = cases.loss_of(net, cases.batch(dtype))
         loss.backward()
         optimizer.step()
@@ -86,10 +86,10 @@ def alone(dtype, backend, steps=STEPS, net=None):
     return found | trained_values(net)
 
 
-def compare(found, steps=STEPS, merged=None):
+def compare(found):
     """The project's numeric rule: one process in the same dtype is the measure."""
-    truth = alone(torch.float64, "reference", steps)
-    reference = alone(torch.float32, "reference", steps)
+    truth = alone(torch.float64, "reference")
+    reference = alone(torch.float32, "reference")
     assert set(found) == set(truth)
     for name, got in found.items():
         got = got.to(torch.float32)
