@@ -21,11 +21,12 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import Shard, distribute_module
 from torch.distributed.tensor import parallel as styles
 
-from .adapters.checkpoint import parts_of, unwrapped
-from .adapters.inject import base_name, require_adapters
+from .adapters.checkpoint import unwrapped
+from .adapters.inject import base_name
 from .adapters.ranks import all_ranks, exchange, together
-from .checks import some
-from .module import PeraLinear
+from .checks import check_model, some
+from .module import PeraLinear, is_adapted
+from .sharded import whole
 from .tensor_parallel import shard
 
 __all__ = ["ColwiseParallel", "RowwiseParallel", "check"]
@@ -96,32 +97,42 @@ def check(model: nn.Module, ranks: Sequence[int] | None = None) -> None:
             ``torch.distributed`` is not initialised.
         TimeoutError: another rank did not call it.
     """
+    check_model(model)
     model = unwrapped(model)
-    layers = require_adapters(model, "check")
+    layers = {base_name(name): m for name, m in model.named_modules() if is_adapted(m)}
+    if not layers:
+        raise ValueError(f"model has no adapter to check; got {type(model).__name__}")
     ranks = all_ranks() if ranks is None else tuple(ranks)
     if not ranks:
         raise ValueError(
             "check is for several ranks, and torch.distributed is not initialised: call "
             "torch.distributed.init_process_group first, in a program that torchrun starts"
         )
-    names = {base_name(name): _options(layer) for name, layer in layers.items()}
-    _refuse_differences(exchange(ranks, "parallel.check", names), "options")
+    options = {name: _options(layer) for name, layer in layers.items()}
+    _refuse_differences(exchange(ranks, "parallel.check", options), "options")
     with together(model, "parallel.check"):
-        values = {base_name(name): _digest(layer) for name, layer in layers.items()}
+        values = {name: _digest(layer) for name, layer in layers.items()}
     _refuse_differences(exchange(ranks, "parallel.check of values", values), "values")
 
 
-def _options(layer: PeraLinear) -> str:
-    return repr((layer.in_features, layer.out_features, layer.extra_repr(), layer.init))
+# Of a PeraLinear, and what PEFT's layers call the same.
+OPTIONS = ("in_features", "out_features", "r", "terms", "init", "alpha", "dropout")
+OPTIONS += ("scaling", "pera_dropout")
 
 
-def _digest(layer: PeraLinear) -> str:
-    whole = hashlib.sha256()
-    for part, tensor in parts_of(layer.whole_factors()).items():
-        own = tensor.cpu().contiguous()
-        whole.update(f"{part} {own.dtype} {tuple(own.shape)} ".encode())
-        whole.update(own.flatten().view(torch.uint8).numpy().tobytes())
-    return whole.hexdigest()
+def _options(layer: nn.Module) -> str:
+    return repr([getattr(layer, name, None) for name in OPTIONS])
+
+
+def _digest(layer: nn.Module) -> str:
+    """Of the values of all its adapters."""
+    digest = hashlib.sha256()
+    for name, parameter in layer.named_parameters():
+        if name.startswith("pera_"):
+            own = whole(parameter).detach().cpu().contiguous()
+            digest.update(f"{name} {own.dtype} {tuple(own.shape)} ".encode())
+            digest.update(own.flatten().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
 
 
 def _refuse_differences(told: dict[int, dict[str, str]], what: str) -> None:

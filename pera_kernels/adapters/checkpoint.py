@@ -211,9 +211,13 @@ def save_adapter(
         others = find(model)
         beside = group.gather(others.tensors)
         hint = base_model or _base_model_hint(model)
-        group.on_first(
-            lambda: _write(folder, layers, factors, replace(others, tensors=beside), hint)
-        )
+        others = replace(others, tensors=beside)
+        group.on_first(lambda: _write(folder, layers, factors, others, hint))
+    warn_of_idle_products(
+        (own.A, own.B, own.h, layers[name].terms)
+        for name, own in factors.items()
+        if own.h is not None and layers[name].pera_h.requires_grad  # type: ignore[union-attr]
+    )
 
 
 def _on_cpu(factors: Factors) -> Factors:
@@ -248,11 +252,6 @@ def _write(
     metadata = {"pera_config": text, "pera_digest": _digest(text, tensors)}
     files.write_safetensors(folder / TENSORS_FILE, tensors, metadata)
     files.write_json(folder / CONFIG_FILE, _for_peft(config))
-    warn_of_idle_products(
-        (own.A, own.B, own.h, layers[name].terms)
-        for name, own in factors.items()
-        if own.h is not None and layers[name].pera_h.requires_grad  # type: ignore[union-attr]
-    )
 
 
 def read_adapter(folder: str | os.PathLike[str]) -> AdapterFile:

@@ -65,7 +65,8 @@ def load_adapter(
     """
     check_model(model)
     with together(model, "load_adapter") as group:
-        read = group.on_all(lambda: read_adapter(folder))
+        with group.failing_together():
+            read = read_adapter(folder)
         return place(model, read, strict, overwrite, backend, adapter_dtype)
 
 

@@ -101,15 +101,20 @@ class Together:
             del value
         return found
 
-    def on_all(self, action: Callable[[], ResultT]) -> ResultT:
-        """The result of what every process does by itself, such as reading a file: if it fails in
-        one, it fails in all.
+    @contextlib.contextmanager
+    def failing_together(self) -> Iterator[None]:
+        """What every process does by itself within this context, such as reading a file, fails in
+        all if it fails in one.
         """
-        if not self.ranks:
-            return action()
-        result, failure = _tried(action)
-        self._agree(failure, None)
-        return result  # type: ignore[return-value]
+        failure = None
+        try:
+            yield
+        except Exception as error:
+            failure = error
+        if self.ranks:
+            self._agree(failure, None)
+        elif failure is not None:
+            raise failure
 
     def on_first(self, action: Callable[[], ResultT]) -> ResultT:
         """The result of what the first process alone does, for all. If it fails there, it fails
@@ -117,7 +122,13 @@ class Together:
         """
         if not self.ranks:
             return action()
-        result, failure = _tried(action) if self.is_first else (None, None)
+        result = failure = None
+        if self.is_first:
+            try:
+                result = action()
+            except Exception as error:
+                # Raised once the others know.
+                failure = error
         return self._agree(failure, result)[0]  # type: ignore[no-any-return]
 
     def _agree(self, failure: Exception | None, result: Any) -> list[Any]:
@@ -130,14 +141,6 @@ class Together:
             if text is not None:
                 raise RuntimeError(f"{self.call} failed on rank {rank}: {text}")
         return [value for _, value in told.values()]
-
-
-def _tried(action: Callable[[], ResultT]) -> tuple[ResultT | None, Exception | None]:
-    """A result or a failure, which the others have to be told before it is raised."""
-    try:
-        return action(), None
-    except Exception as error:
-        return None, error
 
 
 @contextlib.contextmanager

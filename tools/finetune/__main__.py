@@ -1,7 +1,10 @@
 """`python -m tools.finetune`: pretrain once, adapt with each method, compare."""
 
 import argparse
+import dataclasses
+import json
 import math
+import os
 import re
 import signal
 import sys
@@ -13,9 +16,12 @@ from typing import Any, NoReturn
 import torch
 
 from pera_kernels.cli.arguments import Parser
+from tools.finetune.adapters import Adapters, PeftAdapters
 from tools.finetune.data import CorpusError, load_corpora
 from tools.finetune.job import Job
-from tools.finetune.report import print_report
+from tools.finetune.model import HEADS
+from tools.finetune.ranks import PARALLEL, local_rank, started, world_size
+from tools.finetune.report import finite, print_report
 from tools.finetune.train import TERMS, Settings, Terms
 
 EXAMPLES = """
@@ -25,6 +31,9 @@ examples:
   python -m tools.finetune --lr 5e-3 --seed 1 --out seed1
   python -m tools.finetune --steps 20 --pretrain-steps 20 --out quick
   python -m tools.finetune.report finetune_out/results.json --markdown
+  torchrun --nproc-per-node=2 -m tools.finetune --parallel fsdp
+  torchrun --nproc-per-node=4 -m tools.finetune --parallel fsdp --resume
+  accelerate launch --num_processes 2 -m tools.finetune --parallel ddp --peft
 """
 
 
@@ -60,9 +69,12 @@ def term_names(text: str) -> tuple[Terms, ...]:
 
 
 def device_name(text: str) -> torch.device:
-    """The CPU or a CUDA device that is there; "auto" prefers CUDA."""
+    """The CPU or a CUDA device that is there; "auto" prefers CUDA, of several processes each its
+    own.
+    """
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
     text = ("cuda" if count else "cpu") if text == "auto" else text
+    text = f"cuda:{local_rank()}" if text == "cuda" and world_size() > 1 else text
     if not re.fullmatch(r"cpu|cuda(:\d+)?", text):
         raise argparse.ArgumentTypeError(f"{text!r} is none of auto, cpu, cuda, cuda:N")
     device = torch.device(text)
@@ -102,8 +114,17 @@ def build_parser() -> Parser:
     threads = "CPU threads; more can be a little faster, and much slower on a busy computer"
     add("--threads", count, 1, threads)
     add("--seed", whole_number(0), 0, "seed of everything")
-    files = "folder for results.json, loss.png, base.pt and adapter_*/"
+    files = "folder for results.json, loss.png, base.pt, adapter_*/ and checkpoint/"
     add("--out", Path, Path("finetune_out"), files)
+    how = "train on the processes that torchrun or accelerate starts: ddp (each its part of the"
+    how += " batch), fsdp (parameters sharded too), tp (every layer split)"
+    parser.add_argument("--parallel", choices=PARALLEL, help=how)
+    often = "steps between checkpoints (default: 100 with --parallel, else none)"
+    add("--checkpoint-every", count, None, often)
+    again = "go on from the checkpoint in --out, with any number of processes"
+    parser.add_argument("--resume", action="store_true", help=again)
+    through = "make the adapters through PEFT"
+    parser.add_argument("--peft", action="store_true", help=through)
     return parser
 
 
@@ -116,6 +137,7 @@ def main(arguments: list[str] | None = None) -> int:
     """The exit status: 0, 1 without the texts, 2 for bad options, 130 after an interrupt."""
     parser = build_parser()
     options = parser.parse_args(arguments)
+    refuse_ranks(parser, options)
     settings = Settings(
         rank=options.rank,
         terms=options.terms,
@@ -137,17 +159,87 @@ def main(arguments: list[str] | None = None) -> int:
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, interrupt)
     torch.set_num_threads(options.threads)
-    job = Job(settings, options.device, options.out, corpora)
-    try:
-        job.train()
-    except KeyboardInterrupt:
-        print(f"\nInterrupted: what was trained so far is in {options.out}", file=sys.stderr)
-        return 130
-    finally:
-        job.plot()
-    print_report(job.results())
-    print(f"Written to {options.out}: results.json, loss.png and the adapters")
+    adapters = PeftAdapters() if options.peft else Adapters()
+    with started(options.parallel, options.device) as ranks:
+        every = options.checkpoint_every or (100 if ranks.count > 1 else None)
+        job = Job(settings, options.device, options.out, corpora, adapters, ranks, every)
+        told = job.checkpoints.latest() if options.resume else None
+        if options.resume:
+            refuse_to_resume(parser, told, settings, options.out)
+        try:
+            job.train(told)
+        except KeyboardInterrupt:
+            print(f"\nInterrupted: {kept(job)}", file=sys.stderr)
+            return 130
+        except (RuntimeError, TimeoutError) as error:
+            if ranks.count == 1:
+                raise
+            cause = str(error).splitlines()[0]
+            print(
+                f"Rank {ranks.rank}: another rank ended or does not answer ({cause}): {kept(job)}",
+                file=sys.stderr,
+            )
+            return 1
+        finally:
+            job.plot()
+        if ranks.is_first:
+            print_report(job.results())
+            print(f"Written to {options.out}: results.json, loss.png and the adapters")
     return 0
+
+
+def kept(job: Job) -> str:
+    """What there is, and how to go on."""
+    told = job.checkpoints.latest()
+    if told is None:
+        return f"what was trained so far is in {job.out}"
+    step, label = len(told["run"]["loss"]), told["run"]["label"]
+    return (
+        f"the last checkpoint, step {step} of {label}, is in {job.checkpoints.folder}; the same "
+        "command with --resume goes on from it"
+    )
+
+
+def refuse_to_resume(
+    parser: Parser, told: dict[str, Any] | None, settings: Settings, out: Path
+) -> None:
+    """Ends the program where there is no checkpoint that these settings can go on from."""
+    if told is None:
+        parser.error(f"argument --resume: there is no checkpoint in {out}")
+    own = json.loads(json.dumps(finite(dataclasses.asdict(settings))))
+    different = [
+        f"{key} {told['settings'].get(key)!r}"
+        for key in own
+        if told["settings"].get(key) != own[key]
+    ]
+    if different:
+        parser.error(
+            f"argument --resume: the checkpoint in {out} was made with {', '.join(different)}"
+        )
+
+
+def refuse_ranks(parser: Parser, options: argparse.Namespace) -> None:
+    """Ends the program where the processes do not fit what is asked of them."""
+    count = world_size()
+    if options.parallel is None and count > 1:
+        parser.error(f"there are {count} processes: say --parallel {', '.join(PARALLEL)}")
+    if options.parallel is None:
+        return
+    if "RANK" not in os.environ:
+        parser.error(
+            "argument --parallel: needs processes: torchrun --nproc-per-node=2 -m tools.finetune "
+            f"--parallel {options.parallel}"
+        )
+    if options.batch % count:
+        parser.error(
+            f"argument --batch: must be a multiple of the {count} processes; got {options.batch}"
+        )
+    if options.parallel == "tp" and HEADS % count:
+        parser.error(
+            f"argument --parallel: tp splits {HEADS} heads, which {count} processes do not divide"
+        )
+    if options.parallel == "tp" and options.peft:
+        parser.error("argument --peft: goes with --parallel ddp or fsdp")
 
 
 if __name__ == "__main__":

@@ -12,6 +12,8 @@ from torch import Tensor, nn
 
 import pera_kernels as pk
 from pera_kernels.cli import describe
+from pera_kernels.sharded import whole
+from tools.finetune.adapters import Adapters
 
 EVALUATION_BATCH = 32
 
@@ -27,23 +29,24 @@ def bits_per_byte(model: nn.Module, windows: Tensor) -> float:
 
 
 @torch.no_grad()
-def merge_check(model: nn.Module, windows: Tensor) -> dict[str, float]:
+def merge_check(
+    model: nn.Module, windows: Tensor, adapters: Adapters | None = None
+) -> dict[str, float]:
     """Compares `model` with its adapters merged and not, on `windows` (W, context + 1).
 
     The difference of the logits is the largest, relative to the largest logit. Raises if
     `unmerge` does not give every weight back bit for bit.
     """
-    layers = pk.adapted_modules(model)
+    adapters = adapters or Adapters()
     inputs = windows[:EVALUATION_BATCH, :-1]
-    weights = {name: layer.weight.clone() for name, layer in layers.items()}
     logits = model(inputs)
-    for layer in layers.values():
-        layer.merge()
+    weights = {name: weight.clone() for name, weight in adapters.weights(model).items()}
+    adapters.merge(model)
     difference = (model(inputs) - logits).abs().max() / logits.abs().max()
     merged_bits = bits_per_byte(model, windows)
-    for name, layer in layers.items():
-        layer.unmerge()
-        if not torch.equal(layer.weight, weights[name]):
+    adapters.unmerge(model)
+    for name, weight in adapters.weights(model).items():
+        if not bool(whole((weight == weights[name]).all())):
             raise RuntimeError(f"unmerge() did not restore the weight of {name} bit for bit")
     return {
         "merged_logit_difference": difference.item(),

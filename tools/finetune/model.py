@@ -5,6 +5,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 VOCABULARY = 256
+HEADS = 4
 # The projections that the paper adapts; the attention output projection stays as it is.
 TARGET_MODULES = ["q_proj", "k_proj", "v_proj", "up_proj", "down_proj"]
 
@@ -77,7 +78,7 @@ class ByteTransformer(nn.Module):
     """Bytes (batch, up to context) -> next-byte logits (batch, up to context, 256)."""
 
     def __init__(
-        self, context: int = 128, width: int = 128, layers: int = 3, heads: int = 4
+        self, context: int = 128, width: int = 128, layers: int = 3, heads: int = HEADS
     ) -> None:
         super().__init__()
         self.context = context

@@ -3,7 +3,7 @@
 import copy
 import math
 import statistics
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
@@ -12,11 +12,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
-import pera_kernels as pk
 from pera_kernels.terms import coefficient_count
+from tools.finetune.adapters import Adapters
 from tools.finetune.data import consecutive_windows, random_batch
 from tools.finetune.measure import bits_per_byte, merge_check, now, peak_memory
 from tools.finetune.model import TARGET_MODULES, ByteTransformer
+from tools.finetune.ranks import Ranks
 
 Terms = Literal["linear", "square", "cross", "full"]
 TERMS: tuple[Terms, ...] = get_args(Terms)
@@ -107,31 +108,40 @@ def matched_rank(shapes: Sequence[Sequence[int]], rank: int) -> int:
 
 
 def fit(
-    model: ByteTransformer,
+    model: nn.Module,
     optimizer: torch.optim.Optimizer,
     tokens: Tensor,
     held_out: Tensor,
     run: Run,
     steps: int,
     settings: Settings,
+    ranks: Ranks | None = None,
+    reached: Callable[[int], None] | None = None,
 ) -> None:
     """Trains on random windows of `tokens` (length,), writing into `run` as it goes.
 
-    `held_out` is (W, context + 1). The order of the training windows depends on the seed only.
-    A loss that is not finite ends the run, which is then "diverged".
+    `held_out` is (W, context + 1). The order of the training windows depends on the seed only. A
+    run that has losses already goes on where they end. After each step `reached` is called with the
+    number of steps. A loss that is not finite ends the run, which is then "diverged".
     """
-    device = held_out.device
+    ranks, start = ranks or Ranks(), len(run.loss)
+    device, context = held_out.device, held_out.shape[1] - 1
     generator = torch.Generator().manual_seed(settings.seed)
+    for _ in range(start):
+        random_batch(tokens, settings.batch, context, generator)
+    for group in optimizer.param_groups:
+        group.setdefault("initial_lr", group["lr"])
     schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda step: warmup_then_cosine(step, steps)
+        optimizer, lambda step: warmup_then_cosine(step, steps), last_epoch=start - 1
     )
     evaluated = {round(steps * point / HELD_OUT_POINTS) for point in range(HELD_OUT_POINTS)}
-    with tqdm(range(steps), desc=run.label, unit="step", dynamic_ncols=True) as progress:
+    shown = {"desc": run.label, "unit": "step", "dynamic_ncols": True, "initial": start}
+    with tqdm(range(start, steps), total=steps, disable=not ranks.is_first, **shown) as progress:
         for step in progress:
             if step in evaluated:
                 run.held_out.append((step, bits_per_byte(model, held_out)))
-            batch = random_batch(tokens, settings.batch, model.context, generator)
-            inputs, targets = (part.to(device) for part in batch)
+            batch = random_batch(tokens, settings.batch, context, generator)
+            inputs, targets = (ranks.rows(part).to(device) for part in batch)
             started = now(device)
             loss = F.cross_entropy(model(inputs).flatten(0, 1), targets.flatten())
             optimizer.zero_grad()
@@ -139,12 +149,14 @@ def fit(
             optimizer.step()
             run.step_ms.append(1000 * (now(device) - started))
             schedule.step()
-            bits = loss.item() / math.log(2)
+            bits = ranks.mean(loss) / math.log(2)
             if not math.isfinite(bits):
                 run.status = "diverged"
                 return
             run.loss.append(bits)
             progress.set_postfix_str(f"{bits:.3f} bits/byte", refresh=False)
+            if reached is not None:
+                reached(step + 1)
     run.held_out.append((steps, bits_per_byte(model, held_out)))
     if not math.isfinite(run.held_out[-1][1]):
         run.status = "diverged"
@@ -168,11 +180,12 @@ class Pretraining:
         self.model = ByteTransformer(width=width).to(device)
         self.run.metrics["parameters"] = sum(p.numel() for p in self.model.parameters())
 
-    def train(self, source: Tensor, held_out: Tensor) -> None:
+    def train(self, source: Tensor, held_out: Tensor, ranks: Ranks | None = None) -> None:
         """Trains on `source` (length,); `held_out` (W, context + 1) is the text to come."""
         optimizer = torch.optim.AdamW(self.model.parameters(), lr=PRETRAIN_LR, betas=PRETRAIN_BETAS)
-        steps = self.settings.pretrain_steps
-        fit(self.model, optimizer, source, held_out, self.run, steps, self.settings)
+        steps, ranks = self.settings.pretrain_steps, (ranks or Ranks()).by("ddp")
+        wrapped = ranks.wrap(self.model)
+        fit(wrapped, optimizer, source, held_out, self.run, steps, self.settings, ranks)
         self.model.requires_grad_(False)
         if self.run.status == "diverged":
             raise RuntimeError("the pretraining diverged: there is nothing to adapt")
@@ -183,45 +196,58 @@ class Pretraining:
 class Adaptation:
     """One method on its own copy of the frozen base model."""
 
-    def __init__(self, base: ByteTransformer, method: Method, settings: Settings) -> None:
+    def __init__(
+        self,
+        base: ByteTransformer,
+        method: Method,
+        settings: Settings,
+        adapters: Adapters | None = None,
+        ranks: Ranks | None = None,
+    ) -> None:
         self.method = method
         self.settings = settings
+        self.adapters = adapters or Adapters()
+        self.ranks = ranks or Ranks()
         self.run = Run(method.key, method.label)
         # The same seed at the same rank is the same A for every method; B starts at zero.
         torch.manual_seed(settings.seed)
-        self.model = copy.deepcopy(base)
-        pk.inject(
-            self.model,
-            target_modules=TARGET_MODULES,
-            r=method.rank,
-            terms=method.terms,
-            alpha=method.rank,
-        )
+        self.model = self.adapters.put(copy.deepcopy(base), method.rank, method.terms)
         self.run.metrics.update(
             terms=method.terms,
             rank=method.rank,
-            trainable_parameters=sum(p.numel() for p in pk.adapter_parameters(self.model)),
+            trainable_parameters=sum(p.numel() for p in self.model.parameters() if p.requires_grad),
+        )
+        # What differs between ranks is refused before it is hidden by the wrapper.
+        self.ranks.check(self.model)
+        self.wrapped = self.ranks.wrap(self.model)
+        self.optimizer = torch.optim.AdamW(
+            self.adapters.groups(self.model, settings.lr, settings.lr_h)
         )
 
-    def train(self, training: Tensor, held_out: Tensor) -> None:
-        """Trains on `training` (length,), then measures it; `held_out` is (W, context + 1)."""
+    def train(
+        self,
+        training: Tensor,
+        held_out: Tensor,
+        reached: Callable[[int], None] | None = None,
+    ) -> None:
+        """Trains on `training` (length,), then measures it; `held_out` is (W, context + 1).
+
+        `reached` as in :func:`fit`.
+        """
         settings, device, metrics = self.settings, held_out.device, self.run.metrics
-        optimizer = torch.optim.AdamW(
-            pk.parameter_groups(self.model, settings.lr, lr_h=settings.lr_h)
-        )
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(device)
-        fit(self.model, optimizer, training, held_out, self.run, settings.steps, settings)
+        model, steps = self.wrapped, settings.steps
+        own = (self.run, steps, settings, self.ranks, reached)
+        fit(model, self.optimizer, training, held_out, *own)
         metrics["step_ms"] = statistics.median(self.run.step_ms)
         metrics["peak_memory_bytes"] = peak_memory(device)
         if self.run.status == "diverged":
             return
-        seen = consecutive_windows(training, self.model.context, len(held_out)).to(device)
-        shares = [
-            float(layer.quadratic_share()) for layer in pk.adapted_modules(self.model).values()
-        ]
+        seen = consecutive_windows(training, held_out.shape[1] - 1, len(held_out)).to(device)
+        shares = self.adapters.shares(self.model)
         metrics["training_bits_per_byte"] = bits_per_byte(self.model, seen)
         metrics["held_out_bits_per_byte"] = self.run.held_out[-1][1]
         metrics["quadratic_share"] = statistics.fmean(shares)
-        metrics.update(merge_check(self.model, held_out))
+        metrics.update(merge_check(self.model, held_out, self.adapters))
         self.run.status = "finished"

@@ -1,0 +1,192 @@
+"""The fine-tune on several processes: the curve of one, checkpoints, a rank that ends."""
+
+import os
+import re
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("matplotlib", reason="the tools need matplotlib")
+pytest.importorskip("rich", reason="the tools need rich")
+pytest.importorskip("tqdm", reason="the tools need tqdm")
+
+from pera_kernels.testing import judge
+from tests import finetune_cases as cases
+from tools.finetune import __main__ as program
+
+ROOT = Path(__file__).parents[1]
+SMALL = ["--steps", "6", "--pretrain-steps", "3", "--rank", "3", "--terms", "full"]
+
+
+@pytest.fixture(scope="module")
+def curves(tmp_path_factory):
+    """Of one process, in float32 and in float64."""
+    one = cases.losses(tmp_path_factory.mktemp("one"))
+    torch.set_default_dtype(torch.float64)
+    try:
+        truth = cases.losses(tmp_path_factory.mktemp("truth"))
+    finally:
+        torch.set_default_dtype(torch.float32)
+    return one, truth
+
+
+def assert_same_curve(found, curves):
+    one, truth = (torch.tensor(curve, dtype=torch.float64) for curve in curves)
+    found = torch.tensor(found, dtype=torch.float64)
+    verdict = judge("loss", found.float(), one.float(), truth, torch.float32)
+    assert verdict.passed, verdict
+
+
+@pytest.mark.parametrize("how", ["ddp", "fsdp", "tp"])
+def test_the_curve_is_that_of_one_process(two_ranks, how, curves, tmp_path):
+    for found in two_ranks.run(cases.losses, str(tmp_path), how):
+        assert_same_curve(found, curves)
+
+
+@pytest.mark.parametrize("how", ["ddp", "fsdp"])
+def test_through_peft(two_ranks, how, curves, tmp_path):
+    pytest.importorskip("peft")
+    first, second = two_ranks.run(cases.losses, str(tmp_path), how, peft=True)
+    assert first == second
+    # PEFT draws A on its own; the base was trained alike.
+    assert_same_curve(first[:4], [curve[:4] for curve in curves])
+    assert (tmp_path / "adapter_pera_full" / "adapter_model.safetensors").exists()
+
+
+def test_a_run_that_ended_goes_on_with_other_ranks(two_ranks, one_rank, curves, tmp_path):
+    two_ranks.run(cases.stopped, str(tmp_path), "fsdp", 5)
+    ((folder, found),) = one_rank.run(cases.resumed, str(tmp_path), None)
+    assert folder == "pera_full-4"
+    assert_same_curve(found, curves)
+
+
+def test_one_process_goes_on_on_two(two_ranks, curves, tmp_path):
+    cases.stopped(tmp_path, None, 3)
+    for folder, found in two_ranks.run(cases.resumed, str(tmp_path), "tp"):
+        assert folder == "pera_full-2"
+        assert_same_curve(found, curves)
+
+
+@pytest.mark.parametrize(
+    ("environment", "options", "message"),
+    [
+        ({}, ["--parallel", "ddp"], "torchrun --nproc-per-node=2 -m tools.finetune --parallel ddp"),
+        ({}, ["--parallel", "zero"], "invalid choice: 'zero'"),
+        ({"WORLD_SIZE": "2", "RANK": "0"}, [], "there are 2 processes: say --parallel ddp"),
+        (
+            {"WORLD_SIZE": "3", "RANK": "0"},
+            ["--parallel", "ddp"],
+            "must be a multiple of the 3 processes; got 8",
+        ),
+        (
+            {"WORLD_SIZE": "8", "RANK": "0"},
+            ["--parallel", "tp"],
+            "tp splits 4 heads, which 8 processes do not divide",
+        ),
+        (
+            {"WORLD_SIZE": "2", "RANK": "0"},
+            ["--parallel", "tp", "--peft"],
+            "goes with --parallel ddp or fsdp",
+        ),
+        ({}, ["--resume"], "there is no checkpoint in"),
+    ],
+)
+def test_bad_use_is_refused_in_one_line(
+    environment, options, message, tmp_path, monkeypatch, capsys
+):
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(SystemExit) as refusal:
+        program.main([*options, "--out", str(tmp_path)])
+    assert refusal.value.code == 2
+    error = capsys.readouterr().err
+    assert message in error and error.count("\n") == 1
+
+
+def test_a_checkpoint_of_other_settings_is_refused(tmp_path, capsys):
+    cases.stopped(tmp_path, None, 3)
+    with pytest.raises(SystemExit):
+        program.main(["--resume", "--out", str(tmp_path)])
+    error = capsys.readouterr().err
+    assert "was made with rank 3" in error and error.count("\n") == 1
+
+
+def start(command, **options):
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    # A group of its own: nothing is left over.
+    return subprocess.Popen(
+        command,
+        cwd=ROOT,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+        **options,
+    )
+
+
+def end(process, seconds=240):
+    """The exit status and what was written."""
+    try:
+        text, _ = process.communicate(timeout=seconds)
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+    return process.returncode, text
+
+
+def torchrun(*options):
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    return [*launcher, "--nproc-per-node=2", "-m", "tools.finetune", *options]
+
+
+def readme_commands():
+    text = (ROOT / "README.md").read_text()
+    section = re.search(r"\n## Several GPUs\n(.*?)\n## ", text, re.DOTALL)[1]
+    lines = re.search(r"```bash\n(.*?)```", section, re.DOTALL)[1].splitlines()
+    return [line.partition("#")[0].strip() for line in lines]
+
+
+@pytest.mark.slow
+def test_the_commands_of_the_readme(tmp_path):
+    commands = readme_commands()
+    assert len(commands) == 3
+    for number, command in enumerate(commands):
+        words = shlex.split(command)
+        folder = str(Path(sys.executable).parent)
+        words[0] = f"{folder}/{words[0]}"
+        out = tmp_path if "--resume" in words else tmp_path / str(number)
+        if "--resume" in words:
+            out = tmp_path / "0"
+        elif words[0].endswith("torchrun"):
+            words.insert(1, "--standalone")
+        small = [*SMALL, "--device", "cpu", "--out", str(out), "--checkpoint-every", "3"]
+        status, text = end(start([*words, *small]))
+        assert status == 0, text
+        assert (out / "results.json").exists() and "Written to" in text
+
+
+@pytest.mark.slow
+def test_a_killed_rank_ends_the_run_and_it_goes_on(tmp_path):
+    steps = ["--steps", "400", "--pretrain-steps", "3", "--rank", "3", "--terms", "full"]
+    own = [*steps, "--device", "cpu", "--out", str(tmp_path), "--checkpoint-every", "5"]
+    run = start(torchrun("--parallel", "ddp", *own))
+    pointer = tmp_path / "checkpoint" / "latest.json"
+    began = time.monotonic()
+    while not pointer.exists() and time.monotonic() - began < 200 and run.poll() is None:
+        time.sleep(0.1)
+    assert pointer.exists(), end(run, 1)
+    children = Path(f"/proc/{run.pid}/task/{run.pid}/children").read_text().split()
+    os.kill(int(children[-1]), signal.SIGKILL)
+    status, text = end(run, 200)
+    assert status != 0
+    assert re.search(r"the last checkpoint, step \d+ of PERA full, is in .*--resume goes on", text)
+    status, text = end(start(torchrun("--parallel", "fsdp", "--resume", *own)), 400)
+    assert status == 0, text
