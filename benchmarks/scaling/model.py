@@ -60,9 +60,8 @@ class Linear(NamedTuple):
         """What one of ``tp`` ranks computes. Column-wise: of all of x, a part of y; row-wise: of a
         part of x, a summand of all of y.
         """
-        N, M = self.N // (tp if self.dim == ROW_WISE else 1), self.M
         terms, r = adapter or Adapter("linear")
-        M //= tp if self.dim == COLUMN_WISE else 1
+        N, M = (self.N, self.M // tp) if self.dim == COLUMN_WISE else (self.N // tp, self.M)
         return Case(terms=terms, r=r, T=tokens, N=N, M=M, dtype=BASE, adapter_dtype=FACTORS)
 
 
