@@ -643,6 +643,40 @@ def reduced_once():
         assert counts.get_total_counts() == 3, counts.get_comm_counts()
 
 
+def one_sum_of_dx():
+    """Column-wise layers on an x that was prepared for all leave the sum of dx to it."""
+    from torch.distributed.tensor import Replicate, Shard
+    from torch.distributed.tensor.debug import CommDebugMode
+    from torch.distributed.tensor.parallel import PrepareModuleInput, parallelize_module
+
+    class Parent(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.q_proj, self.k_proj = nn.Linear(8, 12), nn.Linear(8, 12)
+
+        def forward(self, x):
+            return self.q_proj(x) + self.k_proj(x)
+
+    counts, mesh = [], init_device_mesh("cpu", (2,))
+    for adapted in (False, True):
+        torch.manual_seed(0)
+        net = Parent().requires_grad_(False)
+        if adapted:
+            pk.inject(net, ["q_proj", "k_proj"], 3)
+        prepared = PrepareModuleInput(
+            input_layouts=(Shard(0),), desired_input_layouts=(Replicate(),)
+        )
+        style = parallel.ColwiseParallel
+        parallelize_module(net, mesh, {"": prepared, "q_proj": style(), "k_proj": style()})
+        x = torch.randn(4, 8, requires_grad=True)
+        with CommDebugMode() as counted:
+            net(x).sum().backward()
+        counts.append((counted.get_total_counts(), x.grad))
+    # dA and dh of each layer, and nothing else more.
+    assert counts[1][0] == counts[0][0] + 4
+    torch.testing.assert_close(counts[1][1], counts[0][1])
+
+
 def resumed(folder, save):
     """Train, save by torch.distributed.checkpoint, and go on with another number of ranks."""
     import torch.distributed.checkpoint as dcp

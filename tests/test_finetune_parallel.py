@@ -111,6 +111,7 @@ def test_bad_use_is_refused_in_one_line(
 
 def test_a_checkpoint_of_other_settings_is_refused(tmp_path, capsys):
     cases.stopped(tmp_path, None, 3)
+    capsys.readouterr()
     with pytest.raises(SystemExit):
         program.main(["--resume", "--out", str(tmp_path)])
     error = capsys.readouterr().err

@@ -116,6 +116,10 @@ def test_every_gradient_is_reduced_once(two_ranks):
     two_ranks.run(cases.reduced_once)
 
 
+def test_layers_on_one_x_share_the_sum_of_its_gradient(two_ranks):
+    two_ranks.run(cases.one_sum_of_dx)
+
+
 def test_a_checkpoint_of_two_ranks_goes_on_with_one_and_with_four(
     two_ranks, four_ranks, one_rank, averages, tmp_path
 ):

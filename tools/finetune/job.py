@@ -61,10 +61,10 @@ class Job:
         try:
             if told is None:
                 self.pretraining.train(as_tokens(self.corpora.source), held_out, self.ranks)
+                if self.every is not None:
+                    self.save_base()
             else:
                 self.restore(told)
-            if self.every is not None and self.ranks.is_first:
-                torch.save(self.pretraining.model.state_dict(), self.out / "base.pt")
             done = {run.key for run in self.runs}
             for method in methods_to_compare(self.settings, self.pretraining.model):
                 if method.key not in done:
@@ -138,8 +138,15 @@ class Job:
             self.adapters.save(
                 self.adaptation.model, self.out / f"adapter_{self.adaptation.method.key}"
             )
-        if self.ranks.is_first and len(self.runs) == 1:
-            torch.save(self.pretraining.model.state_dict(), self.out / "base.pt")
+        if len(self.runs) == 1:
+            self.save_base()
+
+    def save_base(self) -> None:
+        """Writes the base model, in one piece."""
+        if self.ranks.is_first:
+            partial = self.out / "base.partial"
+            torch.save(self.pretraining.model.state_dict(), partial)
+            partial.replace(self.out / "base.pt")
 
     def write(self) -> None:
         """Writes results.json."""
