@@ -84,6 +84,16 @@ def slow(session: nox.Session) -> None:
 
 
 @nox.session
+def parallel(session: nox.Session) -> None:
+    """Several processes: compiled models, the fine-tune by torchrun and accelerate, a rank that is
+    killed.
+    """
+    session.install("-e", ".[test]")
+    files = ("tests/test_parallel.py", "tests/test_finetune_parallel.py")
+    session.run("pytest", "-m", "slow", *(session.posargs or files))
+
+
+@nox.session
 def zero(session: nox.Session) -> None:
     """Training and every call under DeepSpeed's ZeRO, on two processes without GPUs."""
     session.install("-e", ".[test]", "deepspeed")

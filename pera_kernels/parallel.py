@@ -116,8 +116,10 @@ def check(model: nn.Module, ranks: Sequence[int] | None = None) -> None:
 
 
 # Of a PeraLinear, and what PEFT's layers call the same.
-OPTIONS = ("in_features", "out_features", "r", "terms", "init", "alpha", "dropout")
-OPTIONS += ("scaling", "pera_dropout")
+OPTIONS = (
+    *("in_features", "out_features", "r", "terms", "init"),
+    *("alpha", "dropout", "scaling", "pera_dropout"),
+)
 
 
 def _options(layer: nn.Module) -> str:

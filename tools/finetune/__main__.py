@@ -161,7 +161,7 @@ def main(arguments: list[str] | None = None) -> int:
     torch.set_num_threads(options.threads)
     adapters = PeftAdapters() if options.peft else Adapters()
     with started(options.parallel, options.device) as ranks:
-        every = options.checkpoint_every or (100 if ranks.count > 1 else None)
+        every = options.checkpoint_every or (100 if options.parallel else None)
         job = Job(settings, options.device, options.out, corpora, adapters, ranks, every)
         told = job.checkpoints.latest() if options.resume else None
         if options.resume:
@@ -174,9 +174,10 @@ def main(arguments: list[str] | None = None) -> int:
         except (RuntimeError, TimeoutError) as error:
             if ranks.count == 1:
                 raise
-            cause = str(error).splitlines()[0]
+            cause = f"{type(error).__name__}: {str(error).splitlines()[0]}"
             print(
-                f"Rank {ranks.rank}: another rank ended or does not answer ({cause}): {kept(job)}",
+                f"\nRank {ranks.rank} stopped, because another one ended or this one failed "
+                f"({cause}): {kept(job)}",
                 file=sys.stderr,
             )
             return 1
