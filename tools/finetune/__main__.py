@@ -33,7 +33,7 @@ examples:
   python -m tools.finetune.report finetune_out/results.json --markdown
   torchrun --nproc-per-node=2 -m tools.finetune --parallel fsdp
   torchrun --nproc-per-node=4 -m tools.finetune --parallel fsdp --resume
-  accelerate launch --num_processes 2 -m tools.finetune --parallel ddp --peft
+  accelerate launch --multi_gpu --num_processes 2 -m tools.finetune --parallel ddp --peft
 """
 
 
