@@ -176,8 +176,8 @@ def main(arguments: list[str] | None = None) -> int:
                 raise
             cause = f"{type(error).__name__}: {str(error).splitlines()[0]}"
             print(
-                f"\nRank {ranks.rank} stopped, because another one ended or this one failed "
-                f"({cause}): {kept(job)}",
+                f"\nRank {ranks.rank} stopped, because another one ended or this one failed: "
+                f"{kept(job)}. ({cause})",
                 file=sys.stderr,
             )
             return 1

@@ -35,7 +35,8 @@ class Adapters:
         """The quadratic share of every layer."""
         return [layer.quadratic_share() for layer in pk.adapted_modules(model).values()]
 
-    def save(self, model: nn.Module, folder: Path) -> None:
+    def save(self, model: nn.Module, folder: Path, is_first: bool) -> None:
+        """Write the adapters; what is sharded is gathered, and the first rank writes."""
         pk.save_adapter(model, folder, base_model="base.pt beside this folder")
 
 
@@ -74,5 +75,5 @@ class PeftAdapters(Adapters):
         views = [layer.pera_view() for layer in self._layers(model).values()]
         return [quadratic_share(view.A, view.B, view.h, view.terms) for view in views]
 
-    def save(self, model: Any, folder: Path) -> None:
-        model.save_pretrained(folder)
+    def save(self, model: Any, folder: Path, is_first: bool) -> None:
+        model.save_pretrained(folder, is_main_process=is_first)

@@ -135,9 +135,8 @@ class Job:
         if self.adaptation is None:
             return
         if self.ranks.saves:
-            self.adapters.save(
-                self.adaptation.model, self.out / f"adapter_{self.adaptation.method.key}"
-            )
+            folder = self.out / f"adapter_{self.adaptation.method.key}"
+            self.adapters.save(self.adaptation.model, folder, self.ranks.is_first)
         if len(self.runs) == 1:
             self.save_base()
 
