@@ -19,6 +19,7 @@ pytest.importorskip("tqdm", reason="the tools need tqdm")
 from pera_kernels.testing import judge
 from tests import finetune_cases as cases
 from tools.finetune import __main__ as program
+from tools.finetune.ranks import lost_a_rank
 
 ROOT = Path(__file__).parents[1]
 SMALL = ["--steps", "6", "--pretrain-steps", "3", "--rank", "3", "--terms", "full"]
@@ -118,6 +119,70 @@ def test_a_checkpoint_of_other_settings_is_refused(tmp_path, capsys):
     assert "was made with rank 3" in error and error.count("\n") == 1
 
 
+def resume_options(out):
+    sizes = ["--steps", "6", "--pretrain-steps", "3", "--batch", "4", "--rank", "3", "--seed", "5"]
+    return [
+        *sizes,
+        "--terms",
+        "full",
+        "--lr-h",
+        "10",
+        "--lr",
+        "1e-2",
+        "--resume",
+        "--out",
+        str(out),
+    ]
+
+
+def test_what_cannot_be_gone_on_from_is_refused(tmp_path, monkeypatch, capsys):
+    cases.stopped(tmp_path, None, 3)
+    capsys.readouterr()
+
+    def refused(*options):
+        with pytest.raises(SystemExit) as refusal:
+            program.main([*resume_options(tmp_path), *options])
+        error = capsys.readouterr().err
+        assert refusal.value.code == 2 and error.count("\n") == 1
+        return error
+
+    # The whole texts, where the checkpoint's job had a part of them.
+    assert "was made with texts of digest" in refused()
+    monkeypatch.setattr(program, "load_corpora", cases.corpora)
+    assert "was made with adapters of 'pera_kernels'" in refused("--peft")
+    pointer = tmp_path / "checkpoint" / "latest.json"
+    whole = pointer.read_text()
+    pointer.write_text(whole[:-20])
+    assert "cannot read" in refused()
+    pointer.write_text(whole.replace("pera_full-2", "pera_full-4"))
+    assert "it names no folder that is there" in refused()
+    pointer.write_text(whole)
+    (tmp_path / "base.pt").unlink()
+    assert "there is no checkpoint in" in refused()
+
+
+def test_a_job_that_begins_anew_forgets_the_checkpoint(tmp_path):
+    cases.stopped(tmp_path, None, 3)
+    made = cases.job(tmp_path, every=100)
+    assert made.checkpoints.latest() is not None
+    made.train()
+    assert made.checkpoints.latest()["folder"] == "pera_full-6"
+    cases.stopped(tmp_path, None, 1)
+    assert made.checkpoints.latest() is None
+
+
+@pytest.mark.parametrize(
+    ("error", "lost"),
+    [
+        (RuntimeError("[.../gloo/transport/tcp/pair.cc:537] Connection closed by peer"), True),
+        (torch.distributed.DistBackendError("NCCL communicator was aborted"), True),
+        (RuntimeError("the pretraining diverged: there is nothing to adapt"), False),
+    ],
+)
+def test_only_the_group_says_that_a_rank_is_lost(error, lost):
+    assert lost_a_rank(error) is lost
+
+
 def start(command, **options):
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     # A group of its own: nothing is left over.
@@ -175,8 +240,9 @@ def test_the_commands_of_the_readme(tmp_path):
 
 
 @pytest.mark.slow
-def test_a_killed_rank_ends_the_run_and_it_goes_on(tmp_path):
-    steps = ["--steps", "400", "--pretrain-steps", "3", "--rank", "3", "--terms", "full"]
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_killed_rank_ends_the_run_and_it_goes_on(tmp_path, rank):
+    steps = ["--steps", "100", "--pretrain-steps", "3", "--rank", "3", "--terms", "full"]
     own = [*steps, "--device", "cpu", "--out", str(tmp_path), "--checkpoint-every", "5"]
     run = start(torchrun("--parallel", "ddp", *own))
     pointer = tmp_path / "checkpoint" / "latest.json"
@@ -185,9 +251,16 @@ def test_a_killed_rank_ends_the_run_and_it_goes_on(tmp_path):
         time.sleep(0.1)
     assert pointer.exists(), end(run, 1)
     children = Path(f"/proc/{run.pid}/task/{run.pid}/children").read_text().split()
-    os.kill(int(children[-1]), signal.SIGKILL)
+    assert len(children) == 2
+    os.kill(int(children[rank]), signal.SIGKILL)
     status, text = end(run, 200)
     assert status != 0
-    assert re.search(r"the last checkpoint, step \d+ of PERA full, is in .*--resume goes on", text)
+    assert re.search(
+        rf"(Rank {1 - rank} stopped because another rank ended|Interrupted).*"
+        r"the last checkpoint, step \d+ of PERA full, is in .*--resume goes on",
+        text,
+    ), text
+    # The survivor says one line, and ends by itself.
+    assert "KeyboardInterrupt" not in text and "Unable to shutdown process" not in text, text
     status, text = end(start(torchrun("--parallel", "fsdp", "--resume", *own)), 400)
     assert status == 0, text

@@ -1,8 +1,6 @@
 """`python -m tools.finetune`: pretrain once, adapt with each method, compare."""
 
 import argparse
-import dataclasses
-import json
 import math
 import os
 import re
@@ -20,8 +18,8 @@ from tools.finetune.adapters import Adapters, PeftAdapters
 from tools.finetune.data import CorpusError, load_corpora
 from tools.finetune.job import Job
 from tools.finetune.model import HEADS
-from tools.finetune.ranks import PARALLEL, local_rank, started, world_size
-from tools.finetune.report import finite, print_report
+from tools.finetune.ranks import PARALLEL, leave, local_rank, lost_a_rank, started, world_size
+from tools.finetune.report import print_report
 from tools.finetune.train import TERMS, Settings, Terms
 
 EXAMPLES = """
@@ -163,35 +161,45 @@ def main(arguments: list[str] | None = None) -> int:
     with started(options.parallel, options.device) as ranks:
         every = options.checkpoint_every or (100 if options.parallel else None)
         job = Job(settings, options.device, options.out, corpora, adapters, ranks, every)
-        told = job.checkpoints.latest() if options.resume else None
-        if options.resume:
-            refuse_to_resume(parser, told, settings, options.out)
+        told = to_resume(parser, job) if options.resume else None
+        if every and ranks.is_first:
+            # Said before, too: processes that are killed say nothing.
+            print(
+                f"Checkpoints: every {every} steps of adaptation in {job.checkpoints.folder}; "
+                "the same command with --resume goes on from the last"
+            )
+        status = 0
         try:
             job.train(told)
         except KeyboardInterrupt:
             print(f"\nInterrupted: {kept(job)}", file=sys.stderr)
-            return 130
+            status = 130
         except (RuntimeError, TimeoutError) as error:
             if ranks.count == 1:
                 raise
-            cause = f"{type(error).__name__}: {str(error).splitlines()[0]}"
-            print(
-                f"\nRank {ranks.rank} stopped, because another one ended or this one failed: "
-                f"{kept(job)}. ({cause})",
-                file=sys.stderr,
-            )
-            return 1
+            # torchrun ends the processes that are left while these say what there is.
+            for number in (signal.SIGINT, signal.SIGTERM):
+                signal.signal(number, signal.SIG_IGN)
+            lost = lost_a_rank(error)
+            why = "another rank ended or does not answer" if lost else "of an error"
+            print(f"\nRank {ranks.rank} stopped because {why}: {kept(job)}", file=sys.stderr)
+            if not lost:
+                raise
+            status = 1
         finally:
             job.plot()
-        if ranks.is_first:
+        if status and ranks.count > 1:
+            leave(status)
+        if status == 0 and ranks.is_first:
             print_report(job.results())
             print(f"Written to {options.out}: results.json, loss.png and the adapters")
-    return 0
+    return status
 
 
 def kept(job: Job) -> str:
     """What there is, and how to go on."""
-    told = job.checkpoints.latest()
+    # Before the first run there is none but that of an earlier job.
+    told = job.checkpoints.latest() if job.runs else None
     if told is None:
         return f"what was trained so far is in {job.out}"
     step, label = len(told["run"]["loss"]), told["run"]["label"]
@@ -201,22 +209,25 @@ def kept(job: Job) -> str:
     )
 
 
-def refuse_to_resume(
-    parser: Parser, told: dict[str, Any] | None, settings: Settings, out: Path
-) -> None:
-    """Ends the program where there is no checkpoint that these settings can go on from."""
-    if told is None:
-        parser.error(f"argument --resume: there is no checkpoint in {out}")
-    own = json.loads(json.dumps(finite(dataclasses.asdict(settings))))
+def to_resume(parser: Parser, job: Job) -> dict[str, Any]:
+    """What the checkpoint told; ends the program where this job cannot go on from one."""
+    try:
+        told = job.checkpoints.latest()
+    except ValueError as error:
+        parser.error(f"argument --resume: cannot read {job.checkpoints.pointer}: {error}")
+    if told is None or not (job.out / "base.pt").exists():
+        parser.error(f"argument --resume: there is no checkpoint in {job.out}")
+    own, conditions = job.conditions(), told.get("conditions", {})
     different = [
-        f"{key} {told['settings'].get(key)!r}"
-        for key in own
-        if told["settings"].get(key) != own[key]
+        f"{name.replace('_', ' ')} {conditions.get(name)!r}"
+        for name in own
+        if conditions.get(name) != own[name]
     ]
     if different:
         parser.error(
-            f"argument --resume: the checkpoint in {out} was made with {', '.join(different)}"
+            f"argument --resume: the checkpoint in {job.out} was made with {', '.join(different)}"
         )
+    return told
 
 
 def refuse_ranks(parser: Parser, options: argparse.Namespace) -> None:

@@ -13,6 +13,8 @@ from tools.finetune.model import TARGET_MODULES
 class Adapters:
     """Those of ``pera_kernels.inject``."""
 
+    source = "pera_kernels"
+
     def put(self, model: nn.Module, rank: int, terms: Any) -> nn.Module:
         """The model with new adapters."""
         return pk.inject(model, TARGET_MODULES, rank, alpha=rank, terms=terms)
@@ -42,6 +44,8 @@ class Adapters:
 
 class PeftAdapters(Adapters):
     """Those of ``peft.get_peft_model``."""
+
+    source = "PEFT"
 
     def put(self, model: nn.Module, rank: int, terms: Any) -> nn.Module:
         import peft

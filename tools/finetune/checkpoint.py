@@ -29,8 +29,22 @@ class Checkpoints:
         self.pointer = folder / "latest.json"
 
     def latest(self) -> dict[str, Any] | None:
-        """What was told with the last whole checkpoint; None where there is none."""
-        return json.loads(self.pointer.read_text()) if self.pointer.exists() else None
+        """What was told with the last whole checkpoint; None where there is none.
+
+        Raises:
+            ValueError: the file that says so is damaged.
+        """
+        if not self.pointer.exists():
+            return None
+        told = json.loads(self.pointer.read_text())
+        if not isinstance(told, dict) or not (self.folder / str(told.get("folder"))).is_dir():
+            raise ValueError("it names no folder that is there")
+        return told
+
+    def forget(self) -> None:
+        """Let no job go on from what an earlier one wrote here, for this one writes over it."""
+        if self.ranks.is_first and self.folder.exists():
+            self.pointer.unlink(missing_ok=True)
 
     def save(
         self, model: nn.Module, optimizer: torch.optim.Optimizer, name: str, told: dict[str, Any]

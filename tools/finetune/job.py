@@ -1,6 +1,8 @@
 """Pretraining and every adaptation in turn, with what has been reached kept in a folder."""
 
 import dataclasses
+import hashlib
+import json
 import time
 from pathlib import Path
 from typing import Any
@@ -13,7 +15,7 @@ from tools.finetune.checkpoint import Checkpoints
 from tools.finetune.data import Corpora, as_tokens, consecutive_windows
 from tools.finetune.measure import environment
 from tools.finetune.ranks import Ranks
-from tools.finetune.report import Results, finite, plot_losses, write_results
+from tools.finetune.report import Results, plot_losses, write_results
 from tools.finetune.train import Adaptation, Method, Pretraining, Run, Settings, methods_to_compare
 
 
@@ -61,6 +63,7 @@ class Job:
         try:
             if told is None:
                 self.pretraining.train(as_tokens(self.corpora.source), held_out, self.ranks)
+                self.checkpoints.forget()
                 if self.every is not None:
                     self.save_base()
             else:
@@ -94,7 +97,7 @@ class Job:
                     now.optimizer,
                     f"{method.key}-{step}",
                     {
-                        "settings": finite(dataclasses.asdict(self.settings)),
+                        "conditions": self.conditions(),
                         "base": dataclasses.asdict(self.pretraining.run),
                         "finished": [dataclasses.asdict(run) for run in finished],
                         "run": dataclasses.asdict(now.run),
@@ -104,6 +107,16 @@ class Job:
         now.train(training, held_out, reached)
         self.save()
         self.write()
+
+    def conditions(self) -> dict[str, Any]:
+        """What a checkpoint and the job that goes on from it have in common, as JSON values."""
+        texts = json.dumps(self.corpora.describe(), sort_keys=True)
+        own = {
+            **dataclasses.asdict(self.settings),
+            "adapters_of": self.adapters.source,
+            "texts_of_digest": hashlib.sha256(texts.encode()).hexdigest()[:8],
+        }
+        return json.loads(json.dumps(own))  # type: ignore[no-any-return]
 
     def restore(self, told: dict[str, Any]) -> None:
         """The base model and what was finished before a checkpoint."""
