@@ -134,7 +134,7 @@ def test_two_dimensions(four_ranks, averages):
 
 
 def test_adapters_in_what_transformers_sharded(two_ranks, tmp_path):
-    pytest.importorskip("transformers", "5.23", reason="its tensor parallelism by DTensors")
+    pytest.importorskip("transformers", "5.24", reason="its tensor parallelism by DTensors")
     two_ranks.run(cases.of_transformers, str(tmp_path))
 
 
