@@ -98,7 +98,9 @@ def backward(
     if need_B or need_h:
         if u is None:
             assert dropped is not None
-            u = scaled_product(dropped, expand(A, terms).to(dy.dtype).t(), kept)
+            rows = expand(A, terms) if phi_A is None else phi_A
+            u = scaled_product(dropped, rows.to(dy.dtype).t(), kept)
+            del rows
         dphi_B = scaled_product(u.t(), dy, options.scale)
         dB, dh = contract(dphi_B, phi_B, h, terms, need_h)
         dB = dB.t().to(B.dtype).contiguous()
