@@ -218,13 +218,18 @@ def one_way(request, monkeypatch):
 @pytest.mark.parametrize(
     "options",
     [
-        {"dtype": F32},
-        {"dtype": F32, "terms": "cross", "dropout_p": 0.3},
-        {"dtype": F32, "terms": "linear"},
-        {"dtype": BF16, "adapter_dtype": F32},
-        {"dtype": BF16, "dropout_p": 0.3},
+        {"dtype": BF16, "adapter_dtype": F32, "dropout_p": 0.3},
         {"dtype": torch.float16, "terms": "square"},
-        {"dtype": F32, "plan": "composed"},
+        *(
+            pytest.param(own, marks=pytest.mark.slow)
+            for own in (
+                {"dtype": F32},
+                {"dtype": F32, "terms": "cross", "dropout_p": 0.3},
+                {"dtype": F32, "terms": "linear"},
+                {"dtype": BF16},
+                {"dtype": F32, "plan": "composed"},
+            )
+        ),
     ],
     ids=str,
 )
