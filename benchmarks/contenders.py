@@ -74,6 +74,7 @@ def _pera_layer(
         adapter_dtype=case.factor_dtype,
         backend=backend,
         plan=plan,
+        keep=case.keep,
     )
     with torch.no_grad():
         layer.pera_A.copy_(inputs.A)

@@ -1,7 +1,7 @@
 """Tables and plots from the committed rows.
 
-python -m benchmarks.report            rewrite the plots and the generated parts of both READMEs
-python -m benchmarks.report --check    exit status 1 if a part of a README would change
+python -m benchmarks.report            rewrite the plots and the generated parts of the pages
+python -m benchmarks.report --check    exit status 1 if a part of a page would change
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import pandas as pd  # type: ignore[import-untyped]
 
 from tools.documents import drawing, render, table, write
 
-from . import rows
+from . import kept, rows
 from .contenders import FROZEN
 from .decoder import TARGETS
 from .layers import CONTENDERS
@@ -252,8 +252,12 @@ PARTS_HERE: dict[str, Callable[[], str]] = {
 
 
 def documents() -> dict[Path, str]:
-    """What each README should read, by its path."""
-    parts = {rows.ROOT / "README.md": PARTS, rows.ROOT / "benchmarks" / "README.md": PARTS_HERE}
+    """What each page should read, by its path."""
+    parts = {
+        rows.ROOT / "README.md": PARTS,
+        rows.ROOT / "benchmarks" / "README.md": PARTS_HERE,
+        rows.ROOT / "docs" / "memory.md": {"kept": kept.markdown},
+    }
     return {path: render(path.read_text(), own, path.name) for path, own in parts.items()}
 
 

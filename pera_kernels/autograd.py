@@ -138,8 +138,8 @@ class PeraFunction(torch.autograd.Function):
     ``computed`` is (y, u, onto) where the forward was computed already, together with other layers
     on the same x; each layer has a node of its own, so that gradients flow as they do for layers
     apart, but dx is added to ``onto`` if there is one.
-    Keeps x only for dA (and where u has to be made again), u ``(T, K)`` only for dB and dh, and the
-    parameters.
+    Keeps x only for dA, u ``(T, K)`` only for dB and dh (with ``keep="x"`` and in a composed plan x
+    in its place), and the parameters.
     """
 
     @staticmethod
@@ -152,9 +152,10 @@ class PeraFunction(torch.autograd.Function):
         else:
             y, u, ctx.onto = computed
         need_A, need_B, need_h = ctx.needs_input_grad[4:7]
-        need_u, composed = need_B or need_h, options.plan == "composed"
-        keep_x = need_A or (need_u and composed)
-        keep_u = need_u and not composed
+        need_u = need_B or need_h
+        from_x = options.keep == "x" or options.plan == "composed"
+        keep_x = need_A or (need_u and from_x)
+        keep_u = need_u and not from_x
         ctx.options, ctx.shape = options, x.shape
         ctx.save_for_backward(x if keep_x else None, u if keep_u else None, weight, A, B, h, seed)
         return y

@@ -17,6 +17,7 @@ PLAIN = (torch.Tensor, nn.Parameter)
 FLOATING = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 BACKENDS = ("auto", "triton", "torch", "reference")
 PLANS = ("auto", "factored", "composed")
+KEEPS = ("u", "x")
 INITS = ("kaiming", "gaussian")
 
 
@@ -30,6 +31,11 @@ def check_backend(backend: str) -> None:
 def check_plan(plan: str) -> None:
     if plan not in PLANS:
         raise ValueError(f"plan must be one of {', '.join(map(repr, PLANS))}; got {plan!r}")
+
+
+def check_keep(keep: str) -> None:
+    if keep not in KEEPS:
+        raise ValueError(f"keep must be one of {', '.join(map(repr, KEEPS))}; got {keep!r}")
 
 
 @contextlib.contextmanager
@@ -117,6 +123,7 @@ def check_options(options: Options) -> None:
     check_dropout(options.dropout_p)
     check_backend(options.backend)
     check_plan(options.plan)
+    check_keep(options.keep)
 
 
 def _check_tensor(name: str, value: object, ndim: int | None) -> None:

@@ -39,6 +39,7 @@ def pera_linear(
     dropout_p: float = 0.0,
     backend: str = "auto",
     plan: str = "auto",
+    keep: str = "u",
 ) -> torch.Tensor:
     """A frozen linear layer with PERA (Eq. 4, 9): y = x W0ᵀ + bias + s · (x̂ φ(A)ᵀ ∘ c) φ(B)ᵀ.
 
@@ -61,6 +62,10 @@ def pera_linear(
             below half an ulp of W0. It takes no dropout. ``"auto"`` composes in float32 and float64
             on a CPU where there are so many tokens that it is faster; it depends on shapes, dtypes
             and device alone.
+        keep: what stays in memory for the gradients of ``B`` and ``h``: ``"u"`` is x̂ φ(A)ᵀ
+            ``(T, K)``; ``"x"`` is ``x``, which that of ``A`` needs anyway, and the backward makes u
+            again by one more projection, with the same bits. The composed plan always keeps ``x``;
+            the reference leaves it to autograd.
 
     Returns:
         ``(..., M)`` in the dtype of ``x`` (of autocast, where that is on). Differentiable once in
@@ -70,7 +75,7 @@ def pera_linear(
         TypeError, ValueError: an argument that does not fit, named with what came and what is
             accepted, before anything is computed.
     """
-    options = Options(terms, scale, dropout_p, plan, backend)
+    options = Options(terms, scale, dropout_p, plan, backend, keep)
     return apply(x, Base(weight, bias), Factors(A, B, h), options)
 
 
@@ -272,7 +277,7 @@ def _chosen(options: Options, x: torch.Tensor, base: Base, adapter: Factors) -> 
             and torch_backend.composes(x, base.weight, K)
         )
         plan = "composed" if composed else "factored"
-    return Options(o.terms, float(o.scale), float(o.dropout_p), plan, backend)
+    return Options(o.terms, float(o.scale), float(o.dropout_p), plan, backend, o.keep)
 
 
 def _reference(

@@ -52,6 +52,7 @@ class AdapterOptions:
     adapter_dtype: torch.dtype | None = None
     backend: str = "auto"
     plan: str = "auto"
+    keep: str = "u"
 
     def __post_init__(self) -> None:
         check_rank(self.r)
@@ -62,6 +63,7 @@ class AdapterOptions:
         checks.check_adapter_dtype(self.adapter_dtype)
         checks.check_backend(self.backend)
         checks.check_plan(self.plan)
+        checks.check_keep(self.keep)
         if self.plan == "composed" and self.dropout > 0.0:
             raise ValueError(f"plan='composed' takes no dropout; got dropout={self.dropout}")
 
@@ -99,7 +101,7 @@ class PeraLinear(nn.Module):
         init: of A: ``"kaiming"`` (uniform, a = √5) or ``"gaussian"`` (standard deviation 1 / r).
         adapter_dtype: dtype of A, B and h; None means float32, or float64 over a float64 weight.
             float64 goes with a float64 weight only.
-        backend, plan: see :func:`pera_kernels.pera_linear`.
+        backend, plan, keep: see :func:`pera_kernels.pera_linear`.
 
     Raises:
         TypeError, ValueError: an option that does not fit, named, before anything is built.
@@ -126,9 +128,10 @@ class PeraLinear(nn.Module):
         adapter_dtype: torch.dtype | None = None,
         backend: str = "auto",
         plan: str = "auto",
+        keep: str = "u",
     ) -> None:
         checks.check_features(in_features=in_features, out_features=out_features)
-        options = AdapterOptions(r, alpha, terms, dropout, init, adapter_dtype, backend, plan)
+        options = AdapterOptions(r, alpha, terms, dropout, init, adapter_dtype, backend, plan, keep)
         super().__init__()
         self._adopt(nn.Linear(in_features, out_features, bias, device=device, dtype=dtype))
         self._add_adapter(options)
@@ -146,6 +149,7 @@ class PeraLinear(nn.Module):
         adapter_dtype: torch.dtype | None = None,
         backend: str = "auto",
         plan: str = "auto",
+        keep: str = "u",
     ) -> PeraLinear:
         """Adapt an existing layer, whose parameters are frozen and shared, not copied.
 
@@ -164,7 +168,7 @@ class PeraLinear(nn.Module):
                 parameters have no shape yet.
             ValueError: ``layer`` is adapted already, or an option does not fit.
         """
-        options = AdapterOptions(r, alpha, terms, dropout, init, adapter_dtype, backend, plan)
+        options = AdapterOptions(r, alpha, terms, dropout, init, adapter_dtype, backend, plan, keep)
         return cls.adapting(layer, options)
 
     @classmethod
@@ -217,6 +221,7 @@ class PeraLinear(nn.Module):
         self.init = options.init
         self.backend = options.backend
         self.plan = options.plan
+        self.keep = options.keep
         self.merged = False
         self.was_called = False
         self._switch = Switch()
@@ -305,7 +310,7 @@ class PeraLinear(nn.Module):
 
     def _options(self) -> Options:
         dropout = self.dropout if self.training else 0.0
-        return Options(self.terms, self.scale, dropout, self.plan, self.backend)
+        return Options(self.terms, self.scale, dropout, self.plan, self.backend, self.keep)
 
     def shared_call(self, x: torch.Tensor) -> tuple[Base, Factors, Options] | None:
         """What :meth:`forward` computes, for layers that are evaluated together; None where this
@@ -529,8 +534,7 @@ class PeraLinear(nn.Module):
             f"in_features={self.in_features}, out_features={self.out_features}, "
             f"bias={self.bias is not None}, r={self.r}, alpha={self.alpha:g}, "
             f"terms={self.terms!r}, dropout={self.dropout:g}, backend={self.backend!r}, "
-            f"plan={self.plan!r}, "
-            f"merged={self.merged}"
+            f"plan={self.plan!r}, keep={self.keep!r}, merged={self.merged}"
         )
 
 

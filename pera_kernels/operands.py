@@ -22,6 +22,7 @@ class Options(NamedTuple):
     dropout_p: float = 0.0
     plan: str = "factored"
     backend: str = "torch"
+    keep: str = "u"
 
 
 class Factors(NamedTuple):
@@ -45,6 +46,7 @@ class Base(NamedTuple):
 class Saved(NamedTuple):
     """What a forward keeps for its backward: x ``(T, N)`` for dA, u ``(T, K)`` for dB and dh (each
     None where nothing asks for it), the dense weight or None, the adapter, the dropout's seed.
+    Where dB and dh are asked for and u is None, it is made again from x.
     """
 
     x: torch.Tensor | None

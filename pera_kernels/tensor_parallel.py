@@ -95,8 +95,8 @@ class RowWise(TensorParallelLinear):
                 T, N = tokens(x).shape
                 mask = keep_mask(_common_seed(x, mesh), T, N, p, first=self.rank * N)
                 x = x.masked_fill(~mask.view(x.shape), 0.0)
-                terms, scale, _, plan, backend = options
-                options = Options(terms, scale * keep_scale(p), 0.0, plan, backend)
+                terms, scale, _, *others = options
+                options = Options(terms, scale * keep_scale(p), 0.0, *others)
             y = functional.apply(x, base, adapter, options)
         return DTensor.from_local(y, mesh, [Partial()], run_check=False)
 

@@ -42,7 +42,9 @@ MAX_DRAWS = 8
 
 @dataclass(frozen=True)
 class Case:
-    """One problem: its sizes, terms, dtypes (``adapter_dtype=None`` means ``dtype``) and plan."""
+    """One problem: its sizes, terms, dtypes (``adapter_dtype=None`` means ``dtype``), its plan, and
+    what it keeps for the backward.
+    """
 
     op: str = "pera_linear"
     terms: Terms = "full"
@@ -56,6 +58,7 @@ class Case:
     plan: str = "factored"
     scale: float = 0.7
     seed: int = 0
+    keep: str = "u"
 
     @property
     def factor_dtype(self) -> torch.dtype:
@@ -169,7 +172,8 @@ def run(
         y = pk.delta_weight(copies["A"], copies["B"], copies["h"], **options)
     else:
         torch.manual_seed(case.seed)
-        y = pk.pera_linear(**copies, **options, dropout_p=case.dropout_p, plan=case.plan)
+        options |= {"dropout_p": case.dropout_p, "plan": case.plan, "keep": case.keep}
+        y = pk.pera_linear(**copies, **options)
     gradients = torch.autograd.grad(y, list(leaves.values()), dy)
     return {"y": y.detach(), **dict(zip(leaves, gradients, strict=True))}
 

@@ -98,7 +98,9 @@ def backward(
     if need_B or need_h:
         if u is None:
             assert dropped is not None
-            u = scaled_product(dropped, expand(A, terms).to(dy.dtype).t(), kept)
+            rows = expand(A, terms) if phi_A is None else phi_A
+            u = scaled_product(dropped, rows.to(dy.dtype).t(), kept)
+            del rows
         dphi_B = scaled_product(u.t(), dy, options.scale)
         dB, dh = contract(dphi_B, phi_B, h, terms, need_h)
         dB = dB.t().to(B.dtype).contiguous()
@@ -289,7 +291,7 @@ def product(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
 def _add_product(out: torch.Tensor, a: torch.Tensor, b: torch.Tensor, scale: float) -> torch.Tensor:
     """out + s a b, in place. float16 rounds the product, then s times it, as the reference does."""
     if out.dtype == torch.float16:
-        return out.add_((a @ b).mul_(scale))
+        return out.add_(_own(a @ b).mul_(scale))
     # An update onto a far larger base would be rounded at the base's size once for every lane where
     # the library sums in place: at few rows, and in float64 at any shape on some processors.
     if out.dtype == torch.float64 or _summed_lane_by_lane(out.shape, out.dtype):
@@ -315,9 +317,17 @@ def _composed(weight: torch.Tensor, adapter: Factors, options: Options) -> torch
 def _output(x: torch.Tensor, base: Base) -> torch.Tensor:
     """The base's output ``(T, M)`` in new contiguous memory, which the update is added to."""
     if base.weight is not None:
-        return F.linear(x, base.weight, base.bias).contiguous()
+        return _own(F.linear(x, base.weight, base.bias).contiguous())
     assert base.out is not None
     return base.out.clone(memory_format=torch.contiguous_format)
+
+
+def _own(product: torch.Tensor) -> torch.Tensor:
+    """A product that may be changed in place: a copy where a dispatch mode has seen it, as a
+    selective checkpoint keeps products for its second forward.
+    """
+    seen = not torch.compiler.is_compiling() and is_in_torch_dispatch_mode()
+    return product.clone() if seen else product
 
 
 def _dropped(x: torch.Tensor, seed: torch.Tensor | None, options: Options) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""What is saved, what is refused, what is computed: the autograd boundary."""
+"""What is refused, what is computed: the autograd boundary."""
 
 import itertools
 
@@ -8,7 +8,6 @@ from torch.utils.checkpoint import checkpoint
 
 import pera_kernels as pk
 from pera_kernels import testing as numerics
-from pera_kernels.terms import lane_count
 from pera_kernels.testing import Case
 
 T, N, M, R = 21, 40, 24, 4
@@ -42,58 +41,6 @@ def test_only_requested_gradients_and_the_same_ones(wanted, plan, backend, devic
     for g, leaf in zip(got, leaves, strict=True):
         if g is not None:
             torch.testing.assert_close(g, leaf.grad)
-
-
-def saved_bytes(p, run):
-    """Bytes of the distinct storages that autograd keeps, beyond the parameters and x."""
-    known = {t.untyped_storage().data_ptr() for t in (p.weight, p.bias, p.A, p.B, p.h, p.x)}
-    kept = {}
-
-    def pack(t):
-        kept[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
-        return t
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
-        y = run()
-    return y, sum(size for pointer, size in kept.items() if pointer not in known), set(kept)
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("dropout_p", [0.0, 0.2])
-@pytest.mark.parametrize("plan", ["factored", "composed"])
-def test_kept_for_the_backward(plan, dropout_p, dtype, backend, device):
-    """x, one (T, K) tensor in the working dtype and the parameters; with dropout an 8-byte seed.
-
-    The Triton backend's K is in whole vectors of 16 lanes.
-    """
-    if plan == "composed" and dropout_p:
-        pytest.skip("the composed plan takes no dropout")
-    p = problem(device, dtype)
-    for leaf in (p.x, p.A, p.B, p.h):
-        leaf.requires_grad_(True)
-    _, extra, kept = saved_bytes(p, lambda: apply(p, backend, plan=plan, dropout_p=dropout_p))
-    lanes = lane_count(R) if backend == "triton" else pk.expanded_rank(R)
-    projection = T * lanes * dtype.itemsize
-    seed = 8 if dropout_p else 0
-    assert extra <= projection + seed
-    assert p.x.untyped_storage().data_ptr() in kept
-
-
-def test_x_is_kept_only_for_A(backend, device):
-    p = problem(device)
-    p.B.requires_grad_(True)
-    p.h.requires_grad_(True)
-    *_, kept = saved_bytes(p, lambda: apply(p, backend))
-    assert p.x.untyped_storage().data_ptr() not in kept
-
-
-def test_under_autocast_the_cast_weight_is_not_kept(backend, device):
-    p = problem(device)
-    p.A.requires_grad_(True)
-    with torch.autocast(device.type, torch.bfloat16):
-        y, extra, _ = saved_bytes(p, lambda: apply(p, backend))
-    assert y.dtype == torch.bfloat16
-    assert extra <= p.x.numel() * 2 + T * lane_count(R) * 2
 
 
 def test_autocast_matches_half_precision_input(backend, device):
@@ -164,19 +111,6 @@ def test_first_step_moves_B_alone(backend, device):
     optimizer.zero_grad()
     layer(x).square().sum().backward()
     assert layer.pera_A.grad.any() and layer.pera_h.grad.any()
-
-
-def test_an_x_that_does_not_flatten_is_kept_as_it_is(backend, device):
-    """Not as a copy of its own for the backward."""
-    p = problem(device)
-    x = torch.randn(N // 4, T, 4 * 10, device=device).transpose(0, 1).requires_grad_()
-    run = lambda: pk.pera_linear(x, p.weight, p.A, p.B, p.h, p.bias, backend=backend)  # noqa: E731
-    p.x = x
-    flat = problem(device)
-    flat.x = x.detach().reshape(-1, N).requires_grad_()
-    _, kept, _ = saved_bytes(p, run)
-    _, expected, _ = saved_bytes(flat, lambda: apply(flat, backend))
-    assert kept == expected
 
 
 def test_forward_mode_and_vmap_where_nothing_is_trained():

@@ -45,6 +45,7 @@ BAD = [
     ({"dropout_p": None}, TypeError, "dropout_p must be a number"),
     ({"backend": "cuda"}, ValueError, "backend must be one of .*got 'cuda'"),
     ({"plan": "fast"}, ValueError, "plan must be one of .*got 'fast'"),
+    ({"keep": "y"}, ValueError, "keep must be one of 'u', 'x'; got 'y'"),
     ({"plan": "composed", "dropout_p": 0.1}, ValueError, "plan='composed' takes no dropout"),
     ({"A": torch.randn(3, 10, device="meta")}, ValueError, "B must be on the device of A, meta"),
     ({"x": torch.randn(4, 10, device="meta")}, ValueError, "weight must be on the device of x"),
@@ -74,6 +75,7 @@ MODULES = [
     ({"adapter_dtype": torch.int8}, TypeError, "adapter_dtype must be .*got torch.int8"),
     ({"dropout": -0.1}, ValueError, r"dropout must be in \[0, 1\); got -0.1"),
     ({"plan": "composed", "dropout": 0.1}, ValueError, "takes no dropout"),
+    ({"keep": None}, ValueError, "keep must be one of 'u', 'x'; got None"),
     ({"backend": "numpy"}, ValueError, "backend must be one of"),
 ]
 

@@ -50,7 +50,7 @@ def test_the_curve_is_that_of_one_process(two_ranks, how, curves, tmp_path):
         assert_same_curve(found, curves)
 
 
-@pytest.mark.parametrize("how", ["ddp", "fsdp"])
+@pytest.mark.parametrize("how", [pytest.param("ddp", marks=pytest.mark.slow), "fsdp"])
 def test_through_peft(two_ranks, how, curves, tmp_path):
     pytest.importorskip("peft")
     first, second = two_ranks.run(cases.losses, str(tmp_path), how, peft=True)

@@ -120,21 +120,21 @@ def test_layers_on_one_x_share_the_sum_of_its_gradient(two_ranks):
     two_ranks.run(cases.one_sum_of_dx)
 
 
-def test_a_checkpoint_of_two_ranks_goes_on_with_one_and_with_four(
-    two_ranks, four_ranks, one_rank, averages, tmp_path
-):
+@pytest.mark.parametrize("others", ["one_rank", pytest.param("four_ranks", marks=pytest.mark.slow)])
+def test_a_checkpoint_of_two_ranks_goes_on(two_ranks, others, averages, tmp_path, request):
     (losses, _) = two_ranks.run(cases.resumed, str(tmp_path), True)
-    for ranks in (two_ranks, four_ranks, one_rank):
+    for ranks in (two_ranks, request.getfixturevalue(others)):
         for found in ranks.run(cases.resumed, str(tmp_path), False):
             assert found == pytest.approx(losses[3:], rel=1e-5)
 
 
+@pytest.mark.slow
 def test_two_dimensions(four_ranks, averages):
     four_ranks.run(cases.two_dimensions)
 
 
 def test_adapters_in_what_transformers_sharded(two_ranks, tmp_path):
-    pytest.importorskip("transformers", "5.23", reason="its tensor parallelism by DTensors")
+    pytest.importorskip("transformers", "5.24", reason="its tensor parallelism by DTensors")
     two_ranks.run(cases.of_transformers, str(tmp_path))
 
 

@@ -115,11 +115,12 @@ def problem(device, dtype, own, terms, T=5, N=32, M=18, r=3):
 
 def step(device, dtype=torch.float32, own=torch.float32, terms="full", needs=None, **more):
     """Forward and backward on fresh tensors, flat."""
-    options = Options(terms, 0.7, backend="triton", plan=more.pop("plan", "factored"))
+    plan, keep = more.pop("plan", "factored"), more.pop("keep", "u")
+    options = Options(terms, 0.7, backend="triton", plan=plan, keep=keep)
     x, dy, weight, bias, adapter = problem(device, dtype, own, terms, **more)
     needs = needs or [True, True, True, adapter.h is not None]
     (y,), (u,) = ops.forward(x, [Base(weight, bias)], [adapter], None, options)
-    kept = None if options.plan == "composed" else u
+    kept = None if plan == "composed" or keep == "x" else u
     saved = Saved(x, kept, weight, adapter, None)
     return [y, u, *ops.backward(dy, saved, options, needs)]
 
@@ -154,14 +155,16 @@ def test_composed(device, plans):
     same(lambda: step(device, plan="composed"), plans, 2)
 
 
-def test_expansions_in_memory(device, plans, monkeypatch):
+@pytest.mark.parametrize("keep", ["u", "x"])
+def test_expansions_in_memory(keep, device, plans, monkeypatch):
     monkeypatch.setattr(tiles, "phi_in_memory", lambda x, lanes: True)
-    same(lambda: step(device, torch.bfloat16), plans, 2)
+    same(lambda: step(device, torch.bfloat16, keep=keep), plans, 2)
 
 
-def test_many_splits(device, plans, monkeypatch):
+@pytest.mark.parametrize("keep", ["u", "x"])
+def test_many_splits(keep, device, plans, monkeypatch):
     monkeypatch.setattr(tiles, "processor_count", lambda device: 64)
-    same(lambda: step(device, T=40, N=90, M=70), plans, 2)
+    same(lambda: step(device, T=40, N=90, M=70, keep=keep), plans, 2)
 
 
 def test_no_tokens(device, plans):

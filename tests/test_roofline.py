@@ -75,6 +75,23 @@ def test_a_layer_has_the_work_of_its_formula(terms, r, T):
         assert 1 < own.floor(card) <= own.floor_of_steps(card)
 
 
+@pytest.mark.parametrize("T", [16, 512, 16384])
+def test_to_keep_x_costs_one_projection(T):
+    own = model.layer("sm_90", 132, model.job_of("full", 16, T))
+    again = model.layer("sm_90", 132, model.job_of("full", 16, T, "layer that keeps x"))
+    more = sum(step.live for step in again.steps) - sum(step.live for step in own.steps)
+    assert more == pytest.approx(2 * T * model.FEATURES * expanded_rank(16))
+    names = [[step.name for step in steps] for steps in (own.steps, again.steps)]
+    assert names[1].count("project_kernel") == names[0].count("project_kernel") + 1 == 3
+    assert len(names[1]) - len(names[0]) == 2
+    for card in (H100, H200):
+        assert own.model(card) < again.model(card)
+    assert page.not_kept("full", 16, T) == 2 * T * 160 / 1e6
+    if T == 16384:
+        # What docs/memory.md says.
+        assert [f"{layer.model(H100):.2f}" for layer in (own, again)] == ["1.22", "1.26"]
+
+
 def test_how_many_programs_a_multiprocessor_holds():
     assert H100.resident(warps=8, registers=255, shared=0) == 1
     assert H100.resident(warps=8, registers=128, shared=49152) == 2

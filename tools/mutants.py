@@ -168,8 +168,10 @@ _TABLE: dict[str, tuple[tuple[str, str, str, tuple[str, ...]], ...]] = {
          ("tests/test_terms.py", "tests/test_torch_backend.py")),
     ),
     "autograd.py": (
-        ("u is not kept for dh alone", "need_u, composed = need_B or need_h,",
-         "need_u, composed = need_B,", REQUESTED),
+        ("u is not kept for dh alone", "need_u = need_B or need_h", "need_u = need_B", REQUESTED),
+        ("u is kept beside the x that it is made of again",
+         "keep_u = need_u and not from_x", "keep_u = need_u",
+         ("tests/test_memory_kept.py::test_a_plain_base",)),
         ("the gradient of x that layers share is that of the last one",
          "needs, ctx.onto.sum())", "needs, None)", SIBLINGS),
         ("a base layer that is called gets no gradient",

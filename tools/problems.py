@@ -141,13 +141,14 @@ class Operands:
     def compose(self) -> Outputs:
         return {"w": compose.compose(self.weight, self.phi_b, self.phi_a, scale=SCALE)}
 
-    def layer(self, count: int = 1, plan: str = "factored") -> Outputs:
+    def layer(self, count: int = 1, plan: str = "factored", keep: str = "u") -> Outputs:
         """A training step of ``count`` layers on one x, as the autograd boundary calls it."""
-        options = Options(self.job.terms, SCALE, plan=plan)
+        options = Options(self.job.terms, SCALE, plan=plan, keep=keep)
         bases, adapters = [Base(self.weight)] * count, [self.adapter] * count
         ys, us = ops.forward(self.x, bases, adapters, None, options)
-        u, needs = us[-1], [True, True, True, self.adapter.h is not None]
-        saved = Saved(self.x, u if plan == "factored" else None, self.weight, self.adapter, None)
+        u = us[-1] if plan == "factored" and keep == "u" else None
+        needs = [True, True, True, self.adapter.h is not None]
+        saved = Saved(self.x, u, self.weight, self.adapter, None)
         ops.backward(self.dy, saved, options, needs)
         return {"y": ys[-1]}
 
@@ -171,6 +172,7 @@ VARIANTS: dict[str, Callable[[Operands], Outputs]] = {
     "compose": Operands.compose,
     "layer": Operands.layer,
     "layer of 3": partial(Operands.layer, count=3),
+    "layer that keeps x": partial(Operands.layer, keep="x"),
     "layer composed": partial(Operands.layer, plan="composed"),
 }
 

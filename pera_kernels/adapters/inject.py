@@ -122,6 +122,7 @@ def inject(
     adapter_dtype: torch.dtype | None = None,
     backend: str = "auto",
     plan: str = "auto",
+    keep: str = "u",
     shared_inputs: Sequence[Sequence[str]] = SHARED_INPUTS,
     modules_to_save: Sequence[str] | None = None,
 ) -> ModelT:
@@ -133,7 +134,8 @@ def inject(
             (``"v_proj"`` matches ``layers.0.attn.v_proj``, not ``my_v_proj``), or a string: a
             regular expression that must match a whole path; it passes over modules that are not
             linear. A layer that stands under several names gets one adapter for all of them.
-        r, alpha, terms, dropout, init, adapter_dtype, backend, plan: see :class:`PeraLinear`.
+        r, alpha, terms, dropout, init, adapter_dtype, backend, plan, keep: see
+            :class:`PeraLinear`.
         shared_inputs: names of children of one module that it calls on the same tensor, by groups;
             they are computed together (see :func:`pera_kernels.shared_inputs`); ``()`` for none.
         modules_to_save: names, matched as targets are, of further modules that train as a whole and
@@ -151,7 +153,7 @@ def inject(
     check_model(model)
     wanted = _check_targets(target_modules)
     groups = sharing.check_shared_inputs(shared_inputs)
-    options = AdapterOptions(r, alpha, terms, dropout, init, adapter_dtype, backend, plan)
+    options = AdapterOptions(r, alpha, terms, dropout, init, adapter_dtype, backend, plan, keep)
     found = _targets(model, wanted)
     trained = _modules_to_save(model, modules_to_save, {layer for _, _, layer in found})
     adopt(model, found, dict.fromkeys((layer for _, _, layer in found), options), groups, trained)

@@ -120,8 +120,7 @@ def backward(tensors: Tensors, options: Options, needs: Sequence[bool]) -> list[
         if need_B or need_h:
             if u is None:
                 assert x is not None
-                u, pending = _projected(x, Factor(A, None, r, terms), dropout=dropout)
-                _finish(pending)
+                u = _projected_again(x, Factor(A, None, r, terms), dropout)
             # dh comes with the contraction to dB, from u and dy: it never asks for x.
             df, dh_out = dB.t() if need_B else None, dh if need_h else None
             jobs.append(Contraction(u, dy, b, df, dh_out, options.scale))
@@ -231,6 +230,17 @@ def _projected(
         return scaled_product(x, factor.rows.t(), scale), None
     u = x.new_empty(x.shape[0], factor.lanes)
     return u, project(x, factor, out=u, scale=scale, dropout=dropout, whole=whole)
+
+
+def _projected_again(x: torch.Tensor, factor: Factor, dropout: Dropout) -> torch.Tensor:
+    """u ``(T, lanes)`` in a backward, as the forward of this layer alone makes it."""
+    whole = tiles.phi_in_memory(x, factor.lanes)
+    library = whole and _by_library(tiles.choices(x.device).library_projection, x, dropout)
+    if whole:
+        factor = in_memory(*expand([factor], dtype=x.dtype))
+    u, pending = _projected(x, factor, dropout=dropout, whole=whole, library=library)
+    _finish(pending)
+    return u
 
 
 def _updated(

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
 from peft.config import PeftConfig
 
-from pera_kernels.checks import check_alpha, check_dropout
+from pera_kernels.checks import check_alpha, check_dropout, check_keep
 from pera_kernels.terms import Terms, check_rank, check_terms
 
 __all__ = ["PERA", "PeraConfig"]
@@ -54,6 +55,7 @@ class PeraConfig(PeftConfig):
         bias: ``"none"``, ``"all"`` or ``"pera_only"``: which biases train.
         fan_in_fan_out: the base stores its weight (in, out), as Conv1D does; corrected where it is
             wrong.
+        keep: see :func:`pera_kernels.pera_linear`. It says how to compute and is not saved.
 
     Raises:
         TypeError, ValueError: an option that does not fit, named.
@@ -94,6 +96,9 @@ class PeraConfig(PeftConfig):
     alpha_pattern: dict[str, float] = field(
         default_factory=dict, metadata={"help": "Alphas of modules that differ."}
     )
+    keep: str = field(
+        default="u", metadata={"help": "'u' or 'x': what the gradients of B and h are made of."}
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -102,6 +107,7 @@ class PeraConfig(PeftConfig):
         check_alpha(self.pera_alpha, "pera_alpha")
         check_dropout(self.pera_dropout, "pera_dropout")
         check_terms(self.terms)
+        check_keep(self.keep)
         for pattern, rank in (self.rank_pattern or {}).items():
             check_rank(rank, f"rank_pattern[{pattern!r}]")
         for pattern, alpha in (self.alpha_pattern or {}).items():
@@ -128,3 +134,7 @@ class PeraConfig(PeftConfig):
                     )
         if self.layers_pattern and self.layers_to_transform is None:
             raise ValueError("layers_pattern needs layers_to_transform; got None")
+
+    def to_dict(self) -> dict[str, Any]:
+        """What ``adapter_config.json`` holds."""
+        return {key: value for key, value in super().to_dict().items() if key != "keep"}

@@ -120,7 +120,7 @@ class PeraLayer(nn.Module, BaseTunerLayer):
 
     adapter_layer_names = ("pera_A", "pera_B", "pera_h")
     other_param_names = (
-        *("r", "pera_alpha", "scaling", "own_scaling", "pera_dropout", "terms", "init"),
+        *("r", "pera_alpha", "scaling", "own_scaling", "pera_dropout", "terms", "init", "keep"),
     )
 
     def __init__(self, base_layer: nn.Module) -> None:
@@ -139,6 +139,7 @@ class PeraLayer(nn.Module, BaseTunerLayer):
         self.pera_dropout: dict[str, float] = {}
         self.terms: dict[str, Terms] = {}
         self.init: dict[str, str] = {}
+        self.keep: dict[str, str] = {}
         self._disable_adapters = False
         self.was_called = False
         # A checkpoint that computes again finds what its forward had.
@@ -168,6 +169,7 @@ class PeraLayer(nn.Module, BaseTunerLayer):
         self.scaling[adapter_name] = self.own_scaling[adapter_name]
         self.pera_dropout[adapter_name] = float(config.pera_dropout)
         self.terms[adapter_name] = config.terms
+        self.keep[adapter_name] = config.keep
         self.init[adapter_name] = "gaussian" if config.init_weights == "gaussian" else "kaiming"
         L = coefficient_count(r, config.terms)
         A, B, h = (
@@ -412,7 +414,8 @@ class PeraLayer(nn.Module, BaseTunerLayer):
 
     def _options(self, name: str) -> Options:
         dropout = self.pera_dropout[name] if self.training else 0.0
-        return Options(self.terms[name], self.scaling[name], dropout, "auto", "auto")
+        scale, keep = self.scaling[name], self.keep[name]
+        return Options(self.terms[name], scale, dropout, "auto", "auto", keep)
 
     def shared_call(self, x: torch.Tensor) -> tuple[Base, Factors, Options] | None:
         """As :meth:`pera_kernels.PeraLinear.shared_call`, for the one active adapter."""

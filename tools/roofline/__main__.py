@@ -25,7 +25,7 @@ from typing import Any
 
 from pera_kernels.kernels import interpreting
 from pera_kernels.kernels.launch import Launch
-from pera_kernels.terms import Terms
+from pera_kernels.terms import Terms, lane_count
 
 from ..documents import ROOT, render, table, write
 from ..problems import Job
@@ -72,8 +72,13 @@ COLUMNS = {
 }
 
 
-def on(card: Card, terms: Terms, r: int, T: int) -> Layer:
-    return layer(card.arch, card.processors, job_of(terms, r, T))
+def on(card: Card, terms: Terms, r: int, T: int, variant: str = "layer") -> Layer:
+    return layer(card.arch, card.processors, job_of(terms, r, T, variant))
+
+
+def not_kept(terms: Terms, r: int, T: int) -> float:
+    """Megabytes of u ``(T, lanes)`` in bfloat16, which keep="x" does not keep."""
+    return 2 * T * lane_count(r, terms) / 1e6
 
 
 def launches() -> Iterator[tuple[Launch, Job, str]]:
@@ -145,16 +150,20 @@ def cards() -> str:
 
 
 def headline(card: Card) -> str:
-    head = ("T", "frozen, µs", "floor", f"target, {TARGET} × floor", "floors of launches", "model")
+    floors = ("floor", f"target, {TARGET} × floor", "floors of launches")
+    models = ("model", 'model, keep="x"', "not kept then, MB")
+    head = ("T", "frozen, µs", *floors, *models, "measured")
     known, lines = measured(), []
     for T in TOKENS:
         own = on(card, *HEADLINE, T)
         ratios = (own.floor(card), TARGET * own.floor(card), own.floor_of_steps(card))
-        shown = [f"{ratio:.2f}" for ratio in (*ratios, own.model(card))]
+        kept_x = on(card, *HEADLINE, T, "layer that keeps x").model(card)
+        shown = [f"{ratio:.2f}" for ratio in (*ratios, own.model(card), kept_x)]
+        shown.append(f"{not_kept(*HEADLINE, T):.3g}")
         ratio = known.get((card.name, *HEADLINE, T))
         last = "not measured" if ratio is None else f"{ratio:.2f}"
         lines.append([T, f"{own.frozen_model(card):.0f}", *shown, last])
-    return table((*head, "measured"), lines, 0)
+    return table(head, lines, 0)
 
 
 def adapters(card: Card) -> str:

@@ -157,8 +157,8 @@ class Layer:
         return card.floor(self.frozen_operations, self.frozen_moved)
 
 
-def job_of(terms: Terms, r: int, T: int) -> Job:
-    return Job("layer", terms, r, DTYPE, T, FEATURES, FEATURES)
+def job_of(terms: Terms, r: int, T: int, variant: str = "layer") -> Job:
+    return Job(variant, terms, r, DTYPE, T, FEATURES, FEATURES)
 
 
 @cache
