@@ -90,6 +90,15 @@ def two_ranks():
     yield from _ranks(2)
 
 
+@pytest.fixture
+def averages(two_ranks):
+    """FSDP2 averages gradients, as it should."""
+    from tools.finetune.ranks import fsdp_averages
+
+    if not all(two_ranks.run(fsdp_averages, torch.device("cpu"))):
+        pytest.skip("FSDP2 of this PyTorch adds gradients up over gloo, with any model")
+
+
 @pytest.fixture(scope="session")
 def four_ranks():
     """Four processes over gloo."""

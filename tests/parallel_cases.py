@@ -158,14 +158,6 @@ def gradients(net, x, steps=1, how="ddp"):
     return {"loss": total / dist.get_world_size(), **found}
 
 
-def fsdp_averages():
-    """Whether FSDP2 averages gradients over ranks; PyTorch 2.8 adds them up over gloo."""
-    net = nn.Linear(4, 4)
-    fully_shard(net)
-    net(torch.ones(1, 4)).sum().backward()
-    return bool((net.bias.grad.full_tensor() == 1.0).all())
-
-
 def data_parallel(how, way, steps, compiled):
     """Losses and gradients equal those of one process on the same batch."""
     net = wrapped(model(way), how)

@@ -45,13 +45,13 @@ def assert_same_curve(found, curves):
 
 
 @pytest.mark.parametrize("how", ["ddp", "fsdp", "tp"])
-def test_the_curve_is_that_of_one_process(two_ranks, how, curves, tmp_path):
+def test_the_curve_is_that_of_one_process(two_ranks, averages, how, curves, tmp_path):
     for found in two_ranks.run(cases.losses, str(tmp_path), how):
         assert_same_curve(found, curves)
 
 
 @pytest.mark.parametrize("how", [pytest.param("ddp", marks=pytest.mark.slow), "fsdp"])
-def test_through_peft(two_ranks, how, curves, tmp_path):
+def test_through_peft(two_ranks, averages, how, curves, tmp_path):
     pytest.importorskip("peft")
     first, second = two_ranks.run(cases.losses, str(tmp_path), how, peft=True)
     assert first == second
@@ -60,7 +60,7 @@ def test_through_peft(two_ranks, how, curves, tmp_path):
     assert (tmp_path / "adapter_pera_full" / "adapter_model.safetensors").exists()
 
 
-def test_a_run_that_ended_goes_on_with_other_ranks(two_ranks, one_rank, curves, tmp_path):
+def test_a_run_that_ended_goes_on_with_other_ranks(two_ranks, one_rank, averages, curves, tmp_path):
     two_ranks.run(cases.stopped, str(tmp_path), "fsdp", 5)
     ((folder, found),) = one_rank.run(cases.resumed, str(tmp_path), None)
     assert folder == "pera_full-4"

@@ -9,12 +9,6 @@ from tests import parallel_cases as cases
 DOCS = Path(__file__).parents[1] / "docs"
 
 
-@pytest.fixture
-def averages(two_ranks):
-    if not all(two_ranks.run(cases.fsdp_averages)):
-        pytest.skip("FSDP2 of this PyTorch adds gradients up over gloo, with any model")
-
-
 @pytest.mark.parametrize(
     "how, way, steps",
     [

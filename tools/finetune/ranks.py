@@ -92,6 +92,11 @@ class SeveralRanks(Ranks):
         if self.parallel == "ddp":
             return DistributedDataParallel(model)
         if self.parallel == "fsdp":
+            if not fsdp_averages(self.device):
+                raise RuntimeError(
+                    "FSDP2 of this PyTorch adds up gradients over gloo and does not average them: "
+                    "use --parallel ddp, or a newer PyTorch"
+                )
             for module in list(model.modules()):
                 if isinstance(module, Block):
                     fully_shard(module)
@@ -107,6 +112,15 @@ class SeveralRanks(Ranks):
             if isinstance(module, Attention):
                 module.heads //= self.count
         return parallelize_module(model, mesh, plan)
+
+
+def fsdp_averages(device: torch.device) -> bool:
+    """Whether FSDP2 averages gradients over ranks; that of PyTorch 2.8 does not over gloo."""
+    probe = nn.Linear(1, 1, device=device)
+    fully_shard(probe)
+    probe(torch.ones(1, 1, device=device)).sum().backward()
+    grad: Any = probe.bias.grad
+    return bool((grad.full_tensor() == 1.0).all())
 
 
 @contextmanager
