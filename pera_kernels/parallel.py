@@ -11,11 +11,12 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import Shard, distribute_module
@@ -83,8 +84,8 @@ def _staying_frozen(module: nn.Module) -> Iterator[None]:
 
 
 def check(model: nn.Module, ranks: Sequence[int] | None = None) -> None:
-    """Raise on every rank if the adapters of ``model`` differ between them: in their places,
-    shapes, options or values.
+    """Raise on every rank if the adapters of ``model`` differ between them, in their places,
+    shapes, options or values, or what else trains in its values.
 
     It is a call for all ranks. Make it before the model is wrapped: DDP gives the first rank's
     values to all, and FSDP2 takes each rank's own part, whatever the others have.
@@ -108,11 +109,15 @@ def check(model: nn.Module, ranks: Sequence[int] | None = None) -> None:
             "check is for several ranks, and torch.distributed is not initialised: call "
             "torch.distributed.init_process_group first, in a program that torchrun starts"
         )
+    if dist.get_rank() not in ranks:
+        raise ValueError(f"ranks must have this one, {dist.get_rank()}; got {ranks}")
     options = {name: _options(layer) for name, layer in layers.items()}
-    _refuse_differences(exchange(ranks, "parallel.check", options), "options")
+    _refuse_differences(ranks, options, "options")
     with together(model, "parallel.check"):
         values = {name: _digest(layer) for name, layer in layers.items()}
-    _refuse_differences(exchange(ranks, "parallel.check of values", values), "values")
+        others = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
+        values |= {base_name(n): _of([(n, p)]) for n, p in others if ".pera_" not in f".{n}"}
+    _refuse_differences(ranks, values, "values")
 
 
 # Of a PeraLinear, and what PEFT's layers call the same.
@@ -128,16 +133,25 @@ def _options(layer: nn.Module) -> str:
 
 def _digest(layer: nn.Module) -> str:
     """Of the values of all its adapters."""
+    return _of((n, p) for n, p in layer.named_parameters() if n.startswith("pera_"))
+
+
+def _of(parameters: Iterable[tuple[str, torch.Tensor]]) -> str:
     digest = hashlib.sha256()
-    for name, parameter in layer.named_parameters():
-        if name.startswith("pera_"):
-            own = whole(parameter).detach().cpu().contiguous()
-            digest.update(f"{name} {own.dtype} {tuple(own.shape)} ".encode())
-            digest.update(own.flatten().view(torch.uint8).numpy().tobytes())
+    for name, parameter in parameters:
+        own = whole(parameter).detach().cpu().contiguous()
+        digest.update(f"{name} {own.dtype} {tuple(own.shape)} ".encode())
+        digest.update(own.flatten().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
 
 
-def _refuse_differences(told: dict[int, dict[str, str]], what: str) -> None:
+def _refuse_differences(ranks: Sequence[int], own: dict[str, str], what: str) -> None:
+    call = "parallel.check" if what == "options" else f"parallel.check of {what}"
+    digest = hashlib.sha256(repr(sorted(own.items())).encode()).hexdigest()
+    if len(set(exchange(ranks, call, digest).values())) == 1:
+        return
+    # Only now what is long.
+    told = exchange(ranks, f"{call}, which differ", own)
     first, *others = told
     for rank in others:
         names = [

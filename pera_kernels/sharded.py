@@ -7,6 +7,7 @@ To make a shard or a partition whole, or to write one, is for all processes that
 from __future__ import annotations
 
 import contextlib
+import sys
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
@@ -17,16 +18,22 @@ from .operands import Factors
 
 __all__ = [
     "factors_of_part",
+    "fsdp_groups",
+    "groups_of",
     "here",
+    "in_memory",
     "is_dtensor",
     "is_offloaded",
     "is_partition",
     "kept",
     "like",
+    "offloading",
     "part",
     "put_back",
     "refuse_active",
+    "reshard",
     "shape_of",
+    "stored",
     "whole",
     "write",
 ]
@@ -44,7 +51,72 @@ def is_partition(tensor: object) -> bool:
 
 def is_offloaded(module: nn.Module) -> bool:
     """Whether accelerate keeps the parameters of a module elsewhere between its calls."""
-    return bool(getattr(getattr(module, "_hf_hook", None), "offload", False))
+    return offloading(module) is not None
+
+
+def offloading(module: nn.Module) -> Any:
+    """The hook of accelerate that does so, or None."""
+    hook = getattr(module, "_hf_hook", None)
+    if hook is None:
+        return None
+    return next((h for h in getattr(hook, "hooks", [hook]) if getattr(h, "offload", False)), None)
+
+
+def stored(module: nn.Module, name: str) -> torch.Tensor:
+    """A parameter or buffer of a module, where accelerate offloaded it the one that is kept."""
+    tensor: torch.Tensor = getattr(module, name)
+    hook = offloading(module) if tensor.is_meta else None
+    return tensor if hook is None else hook.weights_map[name]  # type: ignore[no-any-return]
+
+
+def _held(weights: Any, name: str) -> tuple[dict[str, torch.Tensor], str, Any]:
+    """What accelerate holds in memory, a tensor's name in it, and the map over memory and files."""
+    # One of its maps adds a prefix to the names of another.
+    while hasattr(weights, "dataset"):
+        name, weights = weights.prefix + name, weights.dataset
+    return getattr(weights, "state_dict", weights), name, weights
+
+
+def in_memory(module: nn.Module, name: str) -> torch.Tensor | None:
+    """As :func:`stored`; None where it is in a file."""
+    tensor: torch.Tensor = getattr(module, name)
+    hook = offloading(module) if tensor.is_meta else None
+    if hook is None:
+        return tensor
+    held, name, _ = _held(hook.weights_map, name)
+    return held.get(name)
+
+
+def groups_of(state: Any) -> list[Any]:
+    """The groups of parameters that one ``fully_shard`` made."""
+    groups = getattr(state, "_fsdp_param_groups", None)
+    if groups is None:
+        groups = [state._fsdp_param_group]
+    return [group for group in groups if group is not None]
+
+
+def fsdp_groups(modules: Iterable[nn.Module]) -> list[Any]:
+    """FSDP2's groups that hold parameters of these modules, whichever module it wraps."""
+    if "torch.distributed.fsdp" not in sys.modules:
+        return []
+    from torch.distributed._composable_state import _module_state_mapping
+
+    inside, found = set(modules), []
+    for reference in list(_module_state_mapping.values()):
+        state = reference()
+        if type(state).__name__ == "FSDPState":
+            for group in groups_of(state):
+                if any(p._module_info.module in inside for p in group.fsdp_params):
+                    found.append(group)
+    return found
+
+
+def reshard(modules: Iterable[nn.Module]) -> None:
+    """Shard again what FSDP2 keeps whole of these modules, as the outermost one does after a
+    forward: what is written to the whole would be lost.
+    """
+    for group in fsdp_groups(modules):
+        group.reshard()
 
 
 def whole(tensor: torch.Tensor) -> torch.Tensor:
@@ -56,10 +128,12 @@ def whole(tensor: torch.Tensor) -> torch.Tensor:
         device = shard.device_mesh.device_type
         # What FSDP2 offloads is gathered where the processes can talk.
         return (shard if shard.device.type == device else shard.to(device)).full_tensor()  # type: ignore[no-any-return]
-    if is_partition(tensor):
-        with _gathered([tensor] if _is_empty(tensor) else []):
-            return tensor.detach().clone()
-    return tensor
+    if not is_partition(tensor):
+        return tensor
+    if not _is_empty(tensor):
+        return tensor.detach().clone()
+    with _gathered([tensor]):
+        return tensor.detach().clone()
 
 
 def shape_of(tensor: Any) -> tuple[int, ...]:
@@ -106,8 +180,11 @@ def kept(tensor: Any) -> torch.Tensor:
 
 
 def put_back(tensor: Any, local: torch.Tensor) -> None:
-    """Write what :func:`kept` gave."""
-    kept(tensor).copy_(local)
+    """Write what :func:`kept` gave, or where it was whole then, what this process keeps of it."""
+    if local.shape == tensor.shape and not is_dtensor(tensor):
+        tensor.copy_(local)
+        return
+    kept(tensor).copy_(_part_of(tensor, local))
     if is_partition(tensor) and not _is_empty(tensor):
         # The whole, where it stays gathered, is no longer what the parts say.
         tensor.partition()
@@ -121,7 +198,7 @@ def like(tensor: Any, local: torch.Tensor) -> torch.Tensor:
     """
     if is_dtensor(tensor):
         return type(tensor).from_local(  # type: ignore[no-any-return]
-            local,
+            _part_of(tensor, local),
             tensor.device_mesh,
             tensor.placements,
             run_check=False,
@@ -134,6 +211,13 @@ def like(tensor: Any, local: torch.Tensor) -> torch.Tensor:
             "alone: unmerge before computing without the adapter"
         )
     return local.to(tensor.device)
+
+
+def _part_of(tensor: Any, local: torch.Tensor) -> torch.Tensor:
+    """This process's part of a tensor that was sharded after it was copied, or the part itself."""
+    if is_dtensor(tensor) and local.shape != kept(tensor).shape:
+        return local[part(tensor)]
+    return local
 
 
 def refuse_active(parameters: Iterable[torch.Tensor]) -> None:
@@ -164,6 +248,8 @@ def here(module: nn.Module, names: Sequence[str], *, written: bool = False) -> I
     Args:
         written: they are changed: at the end the new values go where the old ones were.
     """
+    if written:
+        reshard([module])
     own = {name: p for name in names if (p := module._parameters.get(name)) is not None}
     partitions = [p for p in own.values() if is_partition(p) and (written or _is_empty(p))]
     if partitions:
@@ -173,7 +259,7 @@ def here(module: nn.Module, names: Sequence[str], *, written: bool = False) -> I
         for partition in partitions if written else ():
             _tell_optimizer(partition)
     elif is_offloaded(module) and any(p.is_meta for p in own.values()):
-        hook: Any = module._hf_hook
+        hook = offloading(module)
         hook.pre_forward(module)
         try:
             yield
@@ -199,10 +285,7 @@ def _tell_optimizer(parameter: Any) -> None:
 
 def _return(weights: Any, name: str, value: torch.Tensor) -> None:
     """Put a value where accelerate fetches it: into memory, or the file that holds it."""
-    # accelerate has a map that adds a prefix, over one of what is in memory and in files.
-    while hasattr(weights, "dataset"):
-        name, weights = weights.prefix + name, weights.dataset
-    held = getattr(weights, "state_dict", weights)
+    held, name, weights = _held(weights, name)
     if name in held:
         held[name].copy_(value)
     elif weights.index[name].get("safetensors_file") is not None:

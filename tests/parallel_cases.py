@@ -5,6 +5,7 @@ import functools
 import json
 import os
 import re
+import time
 import warnings
 import weakref
 from pathlib import Path
@@ -471,11 +472,16 @@ def ranks_that_differ():
     )
     other = model(terms="full" if rank == 0 else "square")
     refused(ValueError, "options between rank 0 and rank 1", lambda: parallel.check(other))
+    head = model()
+    with torch.no_grad():
+        head.head.bias += rank
+    refused(ValueError, "values between.*: head.bias", lambda: parallel.check(head))
     one = model()
     if rank == 1:
         one = pk.inject(Model(), ["q_proj"], 3, modules_to_save=["head"])
     refused(ValueError, "options between", lambda: parallel.check(one))
     refused(ValueError, "no adapter to check", lambda: parallel.check(nn.Linear(2, 2)))
+    refused(ValueError, "must have this one", lambda: parallel.check(one, ranks=[1 - rank]))
     for how in ("fsdp", "tp"):
         parallel.check(sharded(how))
 
@@ -524,6 +530,79 @@ def adapters_after_wrapping():
     for how in ("ddp", "fsdp"):
         net = wrapped(Model(), how)
         refused(ValueError, "before it is wrapped", lambda n=net: pk.inject(n, ["q_proj"]))
+    net = fully_shard(Model())
+    for _ in range(2):
+        refused(ValueError, "before it is wrapped", lambda: pk.inject(net.blocks, ["q_proj"]))
+        with torch.no_grad():
+            # Its parameters are whole now.
+            net(batch())
+
+
+def a_part_of_what_is_wrapped():
+    """What fully_shard around it keeps whole is sharded again before it is written."""
+    net, same, x = fully_shard(model()), model(), batch()
+    with torch.no_grad():
+        expected = same(x)
+        for call in (pk.merge, pk.unmerge):
+            net(x)
+            call(net.blocks)
+            net.reshard()
+            torch.testing.assert_close(net(x), expected)
+        layer, other = net.blocks[0].q_proj, same.blocks[0].q_proj
+        layer.merge()
+        net.reshard()
+        other.merge()
+        torch.testing.assert_close(whole(layer.weight), other.weight)
+        layer.unmerge()
+        torch.manual_seed(3)
+        net(x)
+        layer.reset_adapter()
+        net.reshard()
+        assert not whole(layer.pera_B).any()
+
+
+def merged_before_it_is_wrapped():
+    """W0 that was kept whole is that of each rank's part."""
+    net, same = model(), model()
+    pk.merge(net)
+    wrapped(net, "fsdp")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        held = net.state_dict()
+    for name, layer in pk.adapted_modules(same).items():
+        assert torch.equal(whole(held[f"{name}.weight"]), layer.weight)
+    pk.unmerge(net)
+    for name, layer in pk.adapted_modules(same).items():
+        assert torch.equal(whole(net.get_submodule(name).weight), layer.weight)
+
+
+def files_that_differ(folder):
+    """Ranks that read different files, as from disks of their own, are refused."""
+    own = f"{folder}/{dist.get_rank()}"
+    pk.save_adapter(model(seed=dist.get_rank()), own)
+    net = sharded("fsdp")
+    refused(
+        ValueError,
+        "files differ between ranks",
+        lambda: pk.load_adapter(net, own, overwrite=True),
+    )
+
+
+def one_comes_late():
+    """All ranks get one answer, which names the one that did not come; the next call works."""
+    from pera_kernels.adapters.ranks import exchange
+
+    rank, group = dist.get_rank(), tuple(range(dist.get_world_size()))
+    late = group[-1]
+    for pause in (0.0, 0.15, 0.25):
+        if rank == late:
+            time.sleep(0.6)
+        else:
+            time.sleep(pause * rank / late)
+            with little_patience(0.3):
+                refused(TimeoutError, f"rank {late} of ", lambda: exchange(group, "a test", rank))
+        dist.barrier()
+        assert exchange(group, "a test", 10 * rank) == {other: 10 * other for other in group}
 
 
 def sizes_that_do_not_divide():
@@ -792,6 +871,13 @@ def under_peft(folder):
     for block in [model, *model.blocks]:
         block.reshard()
     assert all(torch.equal(whole(p), before[n]) for n, p in net.named_parameters())
+    outermost = fully_shard(adapted())
+    with torch.no_grad():
+        for call in (outermost.merge_adapter, outermost.unmerge_adapter):
+            outermost(x)
+            call()
+            outermost.reshard()
+            torch.testing.assert_close(outermost(x), expected)
     net.save_pretrained(f"{folder}/peft", is_main_process=dist.get_rank() == 0)
     pk.export_lora(net, f"{folder}/lora", quiet=True)
     if dist.get_rank() == 0:

@@ -135,3 +135,42 @@ def test_peft_adapters_in_what_is_offloaded_already(offload, tmp_path):
     torch.manual_seed(0)
     new = peft.get_peft_model(offload(plain_model()), config).eval()
     assert torch.equal(new(x), same(x))
+
+
+def test_a_tied_weight_is_not_merged(tmp_path):
+    net = filled(pk.inject(plain_model(), ["up"], 3))
+    net[1].up.weight = net[0].up.weight
+    accelerate.cpu_offload(net, torch.device("cpu"))
+    with pytest.raises(ValueError, match="shared"):
+        pk.merge(net)
+
+
+def test_an_offloading_hook_around_a_layer_is_refused():
+    net = trained()
+    accelerate.cpu_offload(net, torch.device("cpu"), preload_module_classes=["Block"])
+    with pytest.raises(RuntimeError, match=r"0\.up is offloaded by a hook of a module around it"):
+        pk.merge(net)
+
+
+def test_another_hook_beside(offload):
+    from accelerate.hooks import ModelHook, add_hook_to_module
+
+    same, net, x = trained(), trained(), torch.randn(3, 24)
+    for layer in pk.adapted_modules(net).values():
+        add_hook_to_module(layer, ModelHook())
+    offload(net)
+    pk.merge(net)
+    torch.testing.assert_close(net(x), same(x))
+    assert_away(net)
+
+
+def test_a_trained_head_is_saved_and_exported(offload, tmp_path):
+    torch.manual_seed(0)
+    net = torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.Linear(8, 3))
+    filled(pk.inject(net, ["0"], 2, modules_to_save=["1"]))
+    weight = net[1].weight.detach().clone()
+    offload(net)
+    pk.save_adapter(net, tmp_path / "saved")
+    pk.export_lora(net, tmp_path / "lora", quiet=True)
+    read = pk.adapters.checkpoint.read_adapter(tmp_path / "saved")
+    assert torch.equal(read.parameters["1.weight"], weight)

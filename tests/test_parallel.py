@@ -89,6 +89,27 @@ def test_fsdp1(two_ranks):
     two_ranks.run(cases.fsdp1)
 
 
+def test_a_part_of_what_is_wrapped_is_written(two_ranks):
+    two_ranks.run(cases.a_part_of_what_is_wrapped)
+
+
+def test_a_merged_model_is_wrapped(two_ranks):
+    two_ranks.run(cases.merged_before_it_is_wrapped)
+
+
+def test_different_files_are_refused(two_ranks, tmp_path):
+    two_ranks.run(cases.files_that_differ, str(tmp_path))
+
+
+def test_all_ranks_get_one_answer_about_one_that_is_late(two_ranks):
+    two_ranks.run(cases.one_comes_late)
+
+
+@pytest.mark.slow
+def test_all_of_four_ranks_get_one_answer(four_ranks):
+    four_ranks.run(cases.one_comes_late)
+
+
 def test_what_cannot_be_distributed_is_refused(two_ranks):
     two_ranks.run(cases.sizes_that_do_not_divide)
 

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from ..module import PeraLinear, is_adapted
-from ..sharded import whole
+from ..sharded import stored, whole
 from .checkpoint import AdapterFile
 from .inject import WRAPPERS, base_name
 
@@ -121,7 +121,7 @@ def beside_in(model: nn.Module, adapted: Collection[str], adapter: str | None = 
                 continue
             by_config = "all" in told or ("pera_only" in told and name in adapted)
             if parameter.requires_grad or (part == "bias" and by_config):
-                trained.setdefault(name, {})[part] = parameter
+                trained.setdefault(name, {})[part] = stored(module, part)
     biases = {name: own["bias"] for name, own in trained.items() if list(own) == ["bias"]}
     # Of those under one name the outermost.
     modules = dict(reversed(places))
@@ -139,10 +139,23 @@ def beside_in(model: nn.Module, adapted: Collection[str], adapter: str | None = 
     _check_hidden([*wanted, *taken], adapted)
     states = {}
     for name in taken:
-        state = entire.get(name, modules[name]).state_dict(keep_vars=True)
-        states[name] = {base_name(key): whole(tensor).detach() for key, tensor in state.items()}
+        states[name] = _state(entire.get(name, modules[name]))
     kept = {n: whole(bias).detach() for n, bias in biases.items() if not _within(n, taken)}
     return Beside(states, kept, tuple(sorted(wanted)))
+
+
+def _state(module: nn.Module) -> dict[str, torch.Tensor]:
+    """A module's state, whole and where it has values."""
+    places = {
+        f"{path}.{part}" if path else part: (inner, part)
+        for path, inner in module.named_modules()
+        for part in (*inner._parameters, *inner._buffers)
+    }
+    state = module.state_dict(keep_vars=True)
+    return {
+        base_name(key): whole(stored(*places[key]) if key in places else tensor).detach()
+        for key, tensor in state.items()
+    }
 
 
 def beside_of(read: AdapterFile, wanted: Collection[str] = ()) -> Beside:

@@ -175,6 +175,16 @@ def _digest(config: str, tensors: Mapping[str, torch.Tensor]) -> str:
     return whole.hexdigest()
 
 
+def digest_of(read: AdapterFile) -> str:
+    """Of what was read, to compare it."""
+    tensors = {
+        tensor_name(name, part): tensor
+        for name, own in read.tensors.items()
+        for part, tensor in own.items()
+    }
+    return _digest(json.dumps(read.config, sort_keys=True, default=str), tensors)
+
+
 def save_adapter(
     model: nn.Module, folder: str | os.PathLike[str], *, base_model: str | None = None
 ) -> None:

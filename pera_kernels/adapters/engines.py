@@ -11,7 +11,7 @@ from typing import Any
 from torch import nn
 
 from ..module import PARTS, PeraLinear
-from ..sharded import is_dtensor, is_partition
+from ..sharded import groups_of, is_dtensor, is_offloaded, is_partition
 
 __all__ = [
     "forget_adapters",
@@ -19,6 +19,7 @@ __all__ = [
     "is_fsdp",
     "is_held",
     "is_in_deepspeed",
+    "refuse_offloaded_elsewhere",
     "take_over",
 ]
 
@@ -87,9 +88,7 @@ def forget_adapters(model: nn.Module, now: Mapping[PeraLinear, nn.Module]) -> No
     """Let FSDP2 hold the weights of layers in those that took their place, and no adapters."""
     for module in filter(is_fsdp, model.modules()):
         state: Any = module._get_fsdp_state()  # type: ignore[operator]
-        several = hasattr(state, "_fsdp_param_groups")
-        groups = state._fsdp_param_groups if several else [state._fsdp_param_group]
-        for group in filter(None, groups):
+        for group in groups_of(state):
             held = [p for p in group.fsdp_params if not _is_adapter(p._module_info, now)]
             group.fsdp_params[:] = held
             for parameter in held:
@@ -97,11 +96,27 @@ def forget_adapters(model: nn.Module, now: Mapping[PeraLinear, nn.Module]) -> No
                 info.module = now.get(info.module, info.module)
                 info.shared_modules = [now.get(m, m) for m in info.shared_modules]
         # As fully_shard leaves a module without parameters.
-        left = [group for group in groups if group is not None and group.fsdp_params]
-        if several:
-            groups[:] = left
+        left = [group for group in groups_of(state) if group.fsdp_params]
+        if hasattr(state, "_fsdp_param_groups"):
+            state._fsdp_param_groups[:] = left
         elif not left:
             state._fsdp_param_group = None
+
+
+def refuse_offloaded_elsewhere(model: nn.Module) -> None:
+    """Raise for adapted layers that accelerate offloads by a hook of another module."""
+    hooked = any(hasattr(module, "_hf_hook") for module in model.modules())
+    for name, module in model.named_modules() if hooked else ():
+        own = module.weight if isinstance(module, PeraLinear) else None
+        if own is not None and own.is_meta and not _fetches(module):
+            raise RuntimeError(
+                f"{name} is offloaded by a hook of a module around it (preload_module_classes): "
+                "offload the model without it"
+            )
+
+
+def _fetches(layer: nn.Module) -> bool:
+    return any(map(is_offloaded, layer.modules()))
 
 
 def _is_adapter(info: Any, layers: Mapping[PeraLinear, nn.Module]) -> bool:

@@ -14,7 +14,7 @@ from .. import checks
 from ..checks import check_model, naming, some
 from ..linear import features
 from ..module import AdapterOptions, PeraLinear, PeraOverModule, is_adapted
-from ..sharded import is_dtensor
+from ..sharded import fsdp_groups, is_dtensor
 from ..terms import Terms
 from . import shared_inputs as sharing
 from .engines import is_in_deepspeed, take_over
@@ -271,6 +271,11 @@ def _adapting(layer: nn.Module, options: AdapterOptions) -> PeraLinear:
 
 def refuse_parallel(model: nn.Module) -> None:
     """Raise for a model that others synchronize: they would leave new parameters out."""
+    if fsdp_groups(model.modules()):
+        raise ValueError(
+            "model is wrapped in fully_shard, or in a module that is, which would not synchronize "
+            "new adapters: put them in before it is wrapped"
+        )
     for module in model.modules():
         kinds = [kind.__name__ for kind in type(module).__mro__ if kind.__name__ in PARALLEL]
         if is_in_deepspeed(module):

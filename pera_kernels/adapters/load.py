@@ -13,7 +13,7 @@ from ..checks import FLOATING, check_model, naming, some
 from ..linear import features
 from ..module import PARTS, AdapterOptions, PeraLinear
 from ..sharded import shape_of, write
-from .checkpoint import AdapterFile, read_adapter, refuse_listed, tensor_name, unwrapped
+from .checkpoint import AdapterFile, digest_of, read_adapter, refuse_listed, tensor_name, unwrapped
 from .inject import adapted_modules, adopt, base_name, named_places, refuse_parallel
 from .merge import unload
 from .ranks import together
@@ -67,6 +67,7 @@ def load_adapter(
     with together(model, "load_adapter") as group:
         with group.failing_together():
             read = read_adapter(folder)
+        group.refuse_different("the files", digest_of(read))
         return place(model, read, strict, overwrite, backend, adapter_dtype)
 
 

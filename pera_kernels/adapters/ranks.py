@@ -6,6 +6,7 @@ They tell each other by the key-value store of ``torch.distributed``, whatever t
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import pickle
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -17,8 +18,8 @@ import torch.distributed as dist
 from torch import nn
 
 from ..checks import check_model
-from ..sharded import is_dtensor, is_partition, refuse_active, whole
-from .engines import is_fsdp
+from ..sharded import is_dtensor, is_partition, refuse_active, reshard, whole
+from .engines import refuse_offloaded_elsewhere
 
 __all__ = ["Together", "all_ranks", "exchange", "ranks_of", "together"]
 
@@ -26,8 +27,10 @@ ResultT = TypeVar("ResultT")
 
 # How long one process waits for the others, in seconds.
 PATIENCE = 300.0
+# And how long for the first one to have worked, which writes files for all.
+WORK = 3600.0
 
-_turns: Counter[tuple[str, tuple[int, ...]]] = Counter()
+_turns: Counter[str] = Counter()
 
 
 def all_ranks() -> tuple[int, ...]:
@@ -37,39 +40,55 @@ def all_ranks() -> tuple[int, ...]:
     return ()
 
 
-def exchange(ranks: Sequence[int], call: str, told: Any) -> dict[int, Any]:
+def exchange(
+    ranks: Sequence[int], call: str, told: Any, patience: float | None = None
+) -> dict[int, Any]:
     """What each of these processes tells, by rank.
 
+    Whether all have come is decided once, by the first that knows, so that all get one answer. Who
+    comes when it was decided that they had not all come waits for the next time.
+
+    Args:
+        patience: in seconds; None means ``PATIENCE``.
+
     Raises:
-        TimeoutError: some did not make this call within ``PATIENCE`` seconds.
+        TimeoutError: some did not make this call in time.
     """
-    turns, own = (call, tuple(ranks)), dist.get_rank()
-    turn, place = _turns[turns], f"pera_kernels/{call}/{'-'.join(map(str, ranks))}"
-    store = dist.PrefixStore(place, dist.distributed_c10d._get_default_store())
-    keys = {rank: f"{turn}/{rank}" for rank in ranks}
-    store.set(keys[own], pickle.dumps(told))  # type: ignore[arg-type]
+    patience, own = PATIENCE if patience is None else patience, dist.get_rank()
+    # Short, for it stands before every key.
+    key = hashlib.sha256(f"{call} {tuple(ranks)}".encode()).hexdigest()[:16]
+    while True:
+        turn = _turns[key]
+        _turns[key] += 1
+        store = _store(key, turn)
+        if not store.check(["outcome"]):
+            break
+    store.set(str(own), pickle.dumps(told))  # type: ignore[arg-type]
+    names = [str(rank) for rank in ranks]
+    outcome = "all"
     try:
-        store.wait(list(keys.values()), timedelta(seconds=PATIENCE))
+        store.wait(names, timedelta(seconds=patience))
     except RuntimeError:
-        missing = [str(rank) for rank, key in keys.items() if not store.check([key])]
-        # As if this process had not come: who comes later waits for a new call of it.
-        store.delete_key(keys[own])
-        if not missing:
-            raise
+        missing = [name for name in names if not store.check([name])]
+        outcome = ", ".join(missing) or outcome
+    outcome = store.compare_set("outcome", "", outcome).decode()
+    if outcome != "all":
         raise TimeoutError(
-            f"{call} is for every process that holds a part of the model: rank "
-            f"{', '.join(missing)} of {len(ranks)} did not call it within {PATIENCE:g} s of rank "
-            f"{own}'s call"
-        ) from None
+            f"{call} is for every process that holds a part of the model: rank {outcome} of "
+            f"{len(ranks)} did not call it in {patience:g} s"
+        )
     # One message for all, where the store can.
-    every = list(keys.values())
     at_once = store.has_extended_api()  # type: ignore[attr-defined]
-    found = store.multi_get(every) if at_once else [store.get(key) for key in every]
-    _turns[turns] += 1
-    # Everybody who is here has read what was told in the turn before.
+    found = store.multi_get(names) if at_once else [store.get(name) for name in names]
+    # Everybody who is here has read what was told the time before.
     if turn:
-        store.delete_key(f"{turn - 1}/{own}")
+        _store(key, turn - 1).delete_key(str(own))
     return dict(zip(ranks, map(pickle.loads, found), strict=True))
+
+
+def _store(key: str, turn: int) -> dist.Store:
+    default = dist.distributed_c10d._get_default_store()
+    return dist.PrefixStore(f"pera_kernels/{key}/{turn}", default)
 
 
 class Together:
@@ -116,6 +135,14 @@ class Together:
         elif failure is not None:
             raise failure
 
+    def refuse_different(self, what: str, told: str) -> None:
+        """Raise in all processes if they tell different things."""
+        if (
+            self.ranks
+            and len(set(exchange(self.ranks, f"{what} of {self.call}", told).values())) > 1
+        ):
+            raise ValueError(f"{self.call}: {what} differ between ranks")
+
     def on_first(self, action: Callable[[], ResultT]) -> ResultT:
         """The result of what the first process alone does, for all. If it fails there, it fails
         in all.
@@ -134,7 +161,7 @@ class Together:
     def _agree(self, failure: Exception | None, result: Any) -> list[Any]:
         """The results of all processes, or one's failure in all."""
         text = None if failure is None else f"{type(failure).__name__}: {failure}"
-        told = exchange(self.ranks, f"the end of {self.call}", (text, result))
+        told = exchange(self.ranks, f"the end of {self.call}", (text, result), WORK)
         if failure is not None:
             raise failure
         for rank, (text, _) in told.items():
@@ -149,11 +176,9 @@ def together(model: nn.Module, call: str) -> Iterator[Together]:
     holds a part of it, else it ends in a TimeoutError.
     """
     check_model(model)
-    for module in model.modules():
-        # After a forward the outermost module keeps whole parameters: a write would be lost.
-        if is_fsdp(module):
-            module.reshard()  # type: ignore[operator]
+    reshard(model.modules())
     refuse_active(model.parameters())
+    refuse_offloaded_elsewhere(model)
     group = Together(ranks_of(model), call)
     if group.ranks:
         exchange(group.ranks, call, None)

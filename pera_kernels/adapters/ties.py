@@ -9,23 +9,26 @@ import torch
 from torch import nn
 
 from ..memory import Span, Tie, overlap, span_of
+from ..sharded import in_memory
 
 __all__ = ["refuse_shared", "ties"]
 
 
 def ties(model: nn.Module, weights: Mapping[str, torch.Tensor]) -> dict[str, list[Tie]]:
     """The other parameters and buffers of ``model`` in the memory of ``weights``, by name."""
+    spans: dict[str, Span] = {}
     by_storage: defaultdict[int, list[tuple[Span, Tie]]] = defaultdict(list)
     # A module that stands under two names is one module, and one name of it counts.
     for kind in (nn.Module.named_parameters, nn.Module.named_buffers):
         for path, module in model.named_modules():
-            for part, tensor in kind(module, recurse=False, remove_duplicate=False):
-                if (span := span_of(tensor)) is not None:
-                    name = f"{path}.{part}" if path else part
+            for part, _ in kind(module, recurse=False, remove_duplicate=False):
+                name = f"{path}.{part}" if path else part
+                if (span := span_of(in_memory(module, part))) is not None:
                     by_storage[span.storage].append((span, Tie(module, part, name)))
+                    spans[name] = span
     found = {}
     for name, weight in weights.items():
-        span = span_of(weight)
+        span = spans.get(name) or span_of(weight)
         held = [] if span is None else by_storage[span.storage]
         others = [tie for other, tie in held if overlap(span, other) and tie.name != name]
         if others:

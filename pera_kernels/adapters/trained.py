@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from ..memory import overlap, span_of
-from ..sharded import shape_of, whole, write
+from ..sharded import shape_of, stored, whole, write
 from .inject import adapted_modules, base_name, own_parameters
 from .ties import refuse_shared
 
@@ -49,6 +49,7 @@ def find(model: nn.Module) -> Found:
         trains = {n for n, p in own.items() if p.requires_grad and id(p) not in adapters}
         if not trains:
             continue
+        own = {n: stored(module, n) if p.is_meta else p for n, p in own.items()}  # type: ignore[misc]
         kept: dict[str, torch.Tensor] = {n: own[n] for n in trains}
         if module not in adapted and trains != {"bias"}:
             buffers = module._buffers.items()

@@ -28,6 +28,7 @@ from pera_kernels.sharded import (
     kept,
     like,
     put_back,
+    reshard,
     whole,
 )
 from pera_kernels.switch import Switch
@@ -350,6 +351,7 @@ class PeraLayer(nn.Module, BaseTunerLayer):
         names = [name for name in names or () if name in self.pera_A]
         if not names:
             return
+        reshard([self.get_base_layer()])
         weight = self._dense_weight()
         refuse_tied(weight, self.tied)
         merged = self.merged_weight([*self.merged_adapters, *names], safe_merge)
@@ -367,6 +369,7 @@ class PeraLayer(nn.Module, BaseTunerLayer):
             warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
             return
         assert self._merged_base is not None
+        reshard([self.get_base_layer()])
         put_back(self._dense_weight(), self._merged_base)
         self._merged_base = None
         self.merged_adapters.clear()
