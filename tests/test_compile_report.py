@@ -80,6 +80,7 @@ def test_bad_arguments(options, words):
     assert done.returncode == 2 and words in done.stderr
 
 
+@pytest.mark.slow
 def test_a_cache_is_filled_and_machine_instructions_are_counted(tmp_path):
     layer = ("--kernels", "layer", "--terms", "full", "--ranks", "4", "--dtypes", "bf16")
     few = ("--archs", "sm_90", "--tokens", "16", "--shapes", "64x48")

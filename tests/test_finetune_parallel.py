@@ -67,6 +67,7 @@ def test_a_run_that_ended_goes_on_with_other_ranks(two_ranks, one_rank, averages
     assert_same_curve(found, curves)
 
 
+@pytest.mark.slow
 def test_one_process_goes_on_on_two(two_ranks, curves, tmp_path):
     cases.stopped(tmp_path, None, 3)
     for folder, found in two_ranks.run(cases.resumed, str(tmp_path), "tp"):

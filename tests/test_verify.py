@@ -198,7 +198,10 @@ def test_a_task_without_verdicts_has_not_passed():
     assert Result(Task("pera_linear", "torch", Case())).failed
 
 
-@pytest.mark.parametrize("name", MUTATIONS)
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(name, marks=() if name == "partner" else pytest.mark.slow) for name in MUTATIONS],
+)
 def test_a_broken_kernel_is_noticed(name, tmp_path, interpreter):
     file, right, wrong, op = MUTATIONS[name]
     ignore = shutil.ignore_patterns("__pycache__")
