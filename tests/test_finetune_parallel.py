@@ -44,7 +44,7 @@ def assert_same_curve(found, curves):
     assert verdict.passed, verdict
 
 
-@pytest.mark.parametrize("how", ["ddp", "fsdp", "tp"])
+@pytest.mark.parametrize("how", ["ddp", pytest.param("fsdp", marks=pytest.mark.slow), "tp"])
 def test_the_curve_is_that_of_one_process(two_ranks, averages, how, curves, tmp_path):
     for found in two_ranks.run(cases.losses, str(tmp_path), how):
         assert_same_curve(found, curves)

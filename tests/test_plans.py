@@ -28,7 +28,7 @@ def way(request, triton_backend, monkeypatch):
         ("cross", 6, 20, torch.float16, None, 0.0),
         ("square", 9, 17, torch.float32, None, 0.0),
         ("linear", 3, 40, torch.float16, torch.float32, 0.25),
-        ("full", 25, 5, torch.float32, None, 0.0),
+        pytest.param("full", 25, 5, torch.float32, None, 0.0, marks=pytest.mark.slow),
     ],
 )
 def test_every_way(way, terms, r, T, dtype, adapter_dtype, dropout_p, triton_backend, device):

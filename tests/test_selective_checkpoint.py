@@ -53,8 +53,15 @@ def results(model, run, tokens=30):
 @pytest.mark.parametrize("saved", [PRODUCTS, (OURS,), ()], ids=["products", "ours", "nothing"])
 @pytest.mark.parametrize(
     "options",
-    [{}, {"keep": "x"}, {"dropout": 0.3}, {"plan": "composed"}, {"dtype": torch.bfloat16}]
-    + [{"dtype": torch.float16}],
+    [
+        {"keep": "x"},
+        {"dropout": 0.3},
+        *(
+            pytest.param(own, marks=pytest.mark.slow)
+            for own in ({}, {"plan": "composed"}, {"dtype": torch.bfloat16})
+        ),
+        {"dtype": torch.float16},
+    ],
     ids=str,
 )
 def test_results_are_those_without_it(options, saved, backend):

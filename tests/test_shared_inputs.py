@@ -81,10 +81,10 @@ def pooled(model, xs):
 @pytest.mark.parametrize(
     "terms, dtype, in_memory",
     [
-        ("full", torch.float32, False),
+        pytest.param("full", torch.float32, False, marks=pytest.mark.slow),
         ("full", torch.bfloat16, False),
         ("square", torch.float32, True),
-        ("cross", torch.float32, True),
+        pytest.param("cross", torch.float32, True, marks=pytest.mark.slow),
         ("linear", torch.float32, True),
     ],
 )
