@@ -27,6 +27,7 @@ from pera_kernels.sharded import (
     is_partition,
     kept,
     like,
+    offloading,
     put_back,
     reshard,
     whole,
@@ -196,8 +197,8 @@ class PeraLayer(nn.Module, BaseTunerLayer):
         """Device and dtype of the base; of an offloaded one the device on which it computes."""
         base = self.get_base_layer()
         device, dtype = self._get_base_layer_device_and_dtype(base)
-        if is_offloaded(base):
-            device = torch.device(base._hf_hook.execution_device)  # type: ignore[union-attr, arg-type]
+        if (hook := offloading(base)) is not None:
+            device = torch.device(hook.execution_device)
         return device, dtype
 
     def _move_adapter_to_device_of_base_layer(
