@@ -103,9 +103,9 @@ def adapter_state_dict(model: nn.Module) -> dict[str, torch.Tensor]:
     with together(model, "adapter_state_dict") as group:
         found = {}
         for name, layer in layers.items():
-            own = parts_of(layer.whole_factors())
-            found.update({tensor_name(name, part): t for part, t in own.items()})
-        return {name: t.to("cpu") if group.ranks else t for name, t in found.items()}
+            own = parts_of(group.on_cpu(layer.whole_factors()))
+            found.update({tensor_name(name, part): tensor for part, tensor in own.items()})
+    return found
 
 
 def parts_of(factors: Factors) -> dict[str, torch.Tensor]:
@@ -216,7 +216,7 @@ def save_adapter(
         for name, layer in layers.items():
             own = layer.whole_factors()
             if group.is_first:
-                factors[name] = _on_cpu(own) if group.ranks else own
+                factors[name] = group.on_cpu(own)
             del own
         others = find(model)
         beside = group.gather(others.tensors)
@@ -228,11 +228,6 @@ def save_adapter(
         for name, own in factors.items()
         if own.h is not None and layers[name].pera_h.requires_grad  # type: ignore[union-attr]
     )
-
-
-def _on_cpu(factors: Factors) -> Factors:
-    A, B, h = (None if t is None else t.detach().to("cpu") for t in factors)
-    return Factors(A, B, h)  # type: ignore[arg-type]
 
 
 def _write(

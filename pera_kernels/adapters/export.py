@@ -11,15 +11,14 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import nn
 
 from .. import reference
-from ..checks import FLOATING, check_adapter
+from ..checks import FLOATING, check_adapter, some
 from ..module import PeraLinear, is_adapted, product_norm
-from ..sharded import is_dtensor, is_offloaded, is_partition, whole
+from ..operands import Factors
 from ..terms import Terms, check_rank
 from . import files
 from .beside import Beside, beside_in, tree
@@ -100,11 +99,12 @@ def vllm_max_lora_rank(rank: int) -> int | None:
     return next((bucket for bucket in VLLM_RANKS if bucket >= rank), None)
 
 
-def adapters_of(model: nn.Module, adapter: str | None = None) -> dict[str, AdapterView]:
+def adapters_of(model: nn.Module, adapter: str | None, group: Together) -> dict[str, AdapterView]:
     """Every PERA adapter in ``model`` by its module's name: of :class:`PeraLinear`, and of PEFT.
 
     Args:
-        adapter: the name of a PEFT adapter; by default the active one.
+        adapter: the name of a PEFT adapter; None means the active one.
+        group: the processes that hold parts of the model.
 
     Raises:
         ValueError: two adapters in one place, or a layer of another method of PEFT.
@@ -119,8 +119,7 @@ def adapters_of(model: nn.Module, adapter: str | None = None) -> dict[str, Adapt
         # PEFT's layers say it themselves, so that this module need not know PEFT.
         if isinstance(module, PeraLinear):
             m = module
-            own = m.whole_factors() if is_offloaded(m) else m._factors()
-            view = AdapterView(*own, m.scale, m.terms, m.merged)
+            view = AdapterView(*m.whole_factors(), m.scale, m.terms, m.merged)
         elif is_adapted(module):
             view = module.pera_view(adapter)  # type: ignore[operator]
         elif hasattr(type(module), "get_base_layer"):
@@ -134,23 +133,16 @@ def adapters_of(model: nn.Module, adapter: str | None = None) -> dict[str, Adapt
             continue
         if name in found:
             raise ValueError(f"{name} holds two adapters, one around the other")
-        found[name] = _gathered(view)
+        own = group.on_cpu(Factors(view.A, view.B, view.h))
+        found[name] = replace(view, **own._asdict())
     return found
 
 
-def _gathered(view: AdapterView) -> AdapterView:
-    """The adapter whole, on the CPU, where it is sharded."""
-    if not (is_dtensor(view.A) or is_partition(view.A)):
-        return view
-    A, B, h = (None if t is None else whole(t).detach().cpu() for t in (view.A, view.B, view.h))
-    return replace(view, A=A, B=B, h=h)  # type: ignore[arg-type]
-
-
-def _adapters_in(model: nn.Module, adapter: object) -> dict[str, AdapterView]:
+def _adapters_in(model: nn.Module, adapter: object, group: Together) -> dict[str, AdapterView]:
     """:func:`adapters_of`; there is one, and PEFT can put a LoRA in its place."""
     if adapter is not None and not isinstance(adapter, str):
         raise TypeError(f"adapter must be the name of a PEFT adapter or None; got {adapter!r}")
-    views = adapters_of(model, adapter)
+    views = adapters_of(model, adapter, group)
     layers = [m for _, m in tree(model) if is_adapted(m)]
     of_peft = [m for m in layers if not isinstance(m, PeraLinear)]
     names = dict.fromkeys(name for m in of_peft for name in m.pera_A)  # type: ignore[union-attr]
@@ -272,41 +264,31 @@ def export_lora(
     _check_arguments(dtype, pad_to, rank, base_model, quiet=quiet)
     model = unwrapped(model)
     with together(model, "export_lora") as group:
-        done = _export(
-            group,
-            model,
-            adapter,
-            folder,
-            base_model or _name(model),
-            pad_to,
-            dtype,
-            exact_scale=exact_scale,
-            prune_zero=prune_zero,
-            rank=rank,
+        views = _adapters_in(model, adapter, group)
+        merged = [name for name, view in views.items() if view.merged]
+        if merged:
+            raise ValueError(
+                "export takes an unmerged model, or the update would count twice; merged: "
+                f"{some(merged)}; unmerge first"
+            )
+        beside = beside_in(model, views, adapter)
+        done = group.on_first(
+            lambda: export_views(
+                views,
+                folder,
+                _target_modules(model, list(views)),
+                base_model or _name(model),
+                pad_to,
+                dtype,
+                exact_scale=exact_scale,
+                prune_zero=prune_zero,
+                rank=rank,
+                beside=beside,
+            )
         )
     if not quiet and group.is_first:
         print(done)
     return done
-
-
-def _export(
-    group: Together,
-    model: nn.Module,
-    adapter: str | None,
-    folder: str | os.PathLike[str],
-    *rest: Any,
-    **options: Any,
-) -> LoraExport:
-    views = _adapters_in(model, adapter)
-    merged = [name for name, view in views.items() if view.merged]
-    if merged:
-        raise ValueError(
-            "export takes an unmerged model, or the update would count twice; merged: "
-            f"{', '.join(merged[:8])}{', ...' if len(merged) > 8 else ''}; unmerge first"
-        )
-    options["beside"] = beside_in(model, views, adapter)
-    targets = _target_modules(model, list(views))
-    return group.on_first(lambda: export_views(views, folder, targets, *rest, **options))
 
 
 def _check_values(views: Mapping[str, AdapterView], beside: Beside) -> None:

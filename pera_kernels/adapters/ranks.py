@@ -8,7 +8,6 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import pickle
-from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -18,6 +17,7 @@ import torch.distributed as dist
 from torch import nn
 
 from ..checks import check_model
+from ..operands import Factors
 from ..sharded import is_dtensor, is_partition, refuse_active, reshard, whole
 from .engines import refuse_offloaded_elsewhere
 
@@ -29,8 +29,6 @@ ResultT = TypeVar("ResultT")
 PATIENCE = 300.0
 # And how long for the first one to have worked, which writes files for all.
 WORK = 3600.0
-
-_turns: Counter[str] = Counter()
 
 
 def all_ranks() -> tuple[int, ...]:
@@ -56,13 +54,11 @@ def exchange(
     """
     patience, own = PATIENCE if patience is None else patience, dist.get_rank()
     # Short, for it stands before every key.
-    key = hashlib.sha256(f"{call} {tuple(ranks)}".encode()).hexdigest()[:16]
-    while True:
-        turn = _turns[key]
-        _turns[key] += 1
-        store = _store(key, turn)
-        if not store.check(["outcome"]):
-            break
+    place = hashlib.sha256(f"{call} {tuple(ranks)}".encode()).hexdigest()[:16]
+    calls = dist.PrefixStore(f"pera_kernels/{place}", dist.distributed_c10d._get_default_store())
+    turn = calls.add(str(own), 1)
+    while (store := dist.PrefixStore(str(turn), calls)).check(["outcome"]):
+        turn = calls.add(str(own), 1)
     store.set(str(own), pickle.dumps(told))  # type: ignore[arg-type]
     names = [str(rank) for rank in ranks]
     outcome = "all"
@@ -81,14 +77,9 @@ def exchange(
     at_once = store.has_extended_api()  # type: ignore[attr-defined]
     found = store.multi_get(names) if at_once else [store.get(name) for name in names]
     # Everybody who is here has read what was told the time before.
-    if turn:
-        _store(key, turn - 1).delete_key(str(own))
+    if turn > 1:
+        dist.PrefixStore(str(turn - 1), calls).delete_key(str(own))
     return dict(zip(ranks, map(pickle.loads, found), strict=True))
-
-
-def _store(key: str, turn: int) -> dist.Store:
-    default = dist.distributed_c10d._get_default_store()
-    return dist.PrefixStore(f"pera_kernels/{key}/{turn}", default)
 
 
 class Together:
@@ -106,6 +97,13 @@ class Together:
         """Whether this process is the one that writes files."""
         return not self.ranks or dist.get_rank() == self.ranks[0]
 
+    def on_cpu(self, factors: Factors) -> Factors:
+        """Of one layer what was gathered, on the CPU; as they are where the model is whole."""
+        if not self.ranks:
+            return factors
+        A, B, h = (None if t is None else t.detach().to("cpu") for t in factors)
+        return Factors(A, B, h)  # type: ignore[arg-type]
+
     def gather(self, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """The tensors whole, one after the other: in the first process on the CPU, none in the
         others. As they are where the model is whole.
@@ -122,52 +120,42 @@ class Together:
 
     @contextlib.contextmanager
     def failing_together(self) -> Iterator[None]:
-        """What every process does by itself within this context, such as reading a file, fails in
-        all if it fails in one.
+        """What processes do by themselves within this context, such as reading a file, fails in all
+        if it fails in one.
         """
         failure = None
         try:
             yield
         except Exception as error:
+            # Raised once the others know.
             failure = error
         if self.ranks:
-            self._agree(failure, None)
-        elif failure is not None:
+            own = None if failure is None else f"{type(failure).__name__}: {failure}"
+            told = exchange(self.ranks, f"the end of {self.call}", own, WORK)
+            others = [f"rank {rank}: {text}" for rank, text in told.items() if text is not None]
+            if failure is None and others:
+                raise RuntimeError(f"{self.call} failed on {others[0]}")
+        if failure is not None:
             raise failure
 
     def refuse_different(self, what: str, told: str) -> None:
         """Raise in all processes if they tell different things."""
-        if (
-            self.ranks
-            and len(set(exchange(self.ranks, f"{what} of {self.call}", told).values())) > 1
-        ):
+        call = f"{what} of {self.call}"
+        if self.ranks and len(set(exchange(self.ranks, call, told).values())) > 1:
             raise ValueError(f"{self.call}: {what} differ between ranks")
 
     def on_first(self, action: Callable[[], ResultT]) -> ResultT:
         """The result of what the first process alone does, for all. If it fails there, it fails
         in all.
         """
-        if not self.ranks:
-            return action()
-        result = failure = None
-        if self.is_first:
-            try:
+        result = None
+        with self.failing_together():
+            if self.is_first:
                 result = action()
-            except Exception as error:
-                # Raised once the others know.
-                failure = error
-        return self._agree(failure, result)[0]  # type: ignore[no-any-return]
-
-    def _agree(self, failure: Exception | None, result: Any) -> list[Any]:
-        """The results of all processes, or one's failure in all."""
-        text = None if failure is None else f"{type(failure).__name__}: {failure}"
-        told = exchange(self.ranks, f"the end of {self.call}", (text, result), WORK)
-        if failure is not None:
-            raise failure
-        for rank, (text, _) in told.items():
-            if text is not None:
-                raise RuntimeError(f"{self.call} failed on rank {rank}: {text}")
-        return [value for _, value in told.values()]
+        if self.ranks:
+            told = exchange(self.ranks, f"the result of {self.call}", result)
+            result = told[self.ranks[0]]
+        return result  # type: ignore[return-value]
 
 
 @contextlib.contextmanager
