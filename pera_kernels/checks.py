@@ -126,12 +126,17 @@ def check_options(options: Options) -> None:
     check_keep(options.keep)
 
 
+def is_dtensor(tensor: object) -> bool:
+    """Whether it is a DTensor; asked without importing ``torch.distributed.tensor``."""
+    return hasattr(type(tensor), "full_tensor")
+
+
 def _check_tensor(name: str, value: object, ndim: int | None) -> None:
     if not isinstance(value, torch.Tensor):
         raise TypeError(f"{name} must be a torch.Tensor; got {type(value).__name__}")
     if value.dtype not in FLOATING:
         raise TypeError(f"{name} must be float64, float32, bfloat16 or float16; got {value.dtype}")
-    if type(value) not in PLAIN and hasattr(type(value), "full_tensor"):
+    if type(value) not in PLAIN and is_dtensor(value):
         raise TypeError(
             f"{name} must be a plain tensor; got a DTensor: call the module that fully_shard "
             "wrapped, use the styles of pera_kernels.parallel, or pass .full_tensor()"

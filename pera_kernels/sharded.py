@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from .checks import is_dtensor
 from .operands import Factors
 
 __all__ = [
@@ -37,11 +38,6 @@ __all__ = [
     "whole",
     "write",
 ]
-
-
-def is_dtensor(tensor: object) -> bool:
-    """Whether it is a DTensor; asked without importing ``torch.distributed.tensor``."""
-    return hasattr(type(tensor), "full_tensor")
 
 
 def is_partition(tensor: object) -> bool:

@@ -49,16 +49,14 @@ def find(model: nn.Module) -> Found:
         trains = {n for n, p in own.items() if p.requires_grad and id(p) not in adapters}
         if not trains:
             continue
-        own = {n: stored(module, n) if p.is_meta else p for n, p in own.items()}  # type: ignore[misc]
-        kept: dict[str, torch.Tensor] = {n: own[n] for n in trains}
+        kept = [n for n in own if n in trains]
         if module not in adapted and trains != {"bias"}:
-            buffers = module._buffers.items()
-            kept = {**own, **{n: b for n, b in buffers if b is not None}}
-            for name in module._non_persistent_buffers_set:
-                kept.pop(name, None)
-        for part, tensor in kept.items():
+            left_out = module._non_persistent_buffers_set
+            buffers = [n for n, b in module._buffers.items() if b is not None]
+            kept = [*own, *(n for n in buffers if n not in left_out)]
+        for part in kept:
             name = plain_name(f"{path}.{part}" if path else part, names)
-            found.tensors[name] = tensor
+            found.tensors[name] = stored(module, part)
             if part in trains:
                 found.trained.append(name)
         if _peft_can_save(base_name(path), module, kept, [base_name(n) for n, _ in places], names):
