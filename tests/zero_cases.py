@@ -14,6 +14,7 @@ import pera_kernels as pk
 from pera_kernels import parallel
 from pera_kernels.testing import judge
 from tests import parallel_cases as cases
+from tests import sharded_cases
 
 # Of parameters: those up to this many elements stay gathered. The second is DeepSpeed's default.
 ALL_PARTITIONED, ALL_GATHERED = 0, 100_000
@@ -185,8 +186,8 @@ def calls(stage, threshold, inner, folder):
     if dist.get_rank() == 0:
         pk.save_adapter(same, f"{folder}/same")
         pk.export_lora(same, f"{folder}/same_lora", quiet=True)
-        cases.assert_same_files(f"{folder}/saved", f"{folder}/same")
-        cases.assert_same_files(f"{folder}/lora", f"{folder}/same_lora")
+        sharded_cases.assert_same_files(f"{folder}/saved", f"{folder}/same")
+        sharded_cases.assert_same_files(f"{folder}/lora", f"{folder}/same_lora")
     dist.barrier()
     assert is_gathered(net) == pair.gathers
     merges(pair, net, keep_base=True)
@@ -264,8 +265,8 @@ def one_rank_alone(threshold, folder):
     pair = Pair(3, threshold)
     pair.train()
     before = pk.adapter_state_dict(pair.engine)
-    with cases.little_patience():
-        for name, call in cases.CALLS.items():
+    with sharded_cases.little_patience():
+        for name, call in sharded_cases.CALLS.items():
             if dist.get_rank() == 0:
                 cases.refused(
                     TimeoutError,
