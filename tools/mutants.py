@@ -200,8 +200,11 @@ _TABLE: dict[str, tuple[tuple[str, str, str, tuple[str, ...]], ...]] = {
          "draw_seed(x.device)", PARTS),
     ),
     "adapters/ranks.py": (
-        ("a call that failed on another rank goes on", "if text is not None:", "if False:",
-         ("tests/test_parallel.py::test_what_fails_on_one_rank_fails_on_all",)),
+        ("a call that failed on another rank goes on", "if failure is None and others:",
+         "if False:", ("tests/test_parallel.py::test_what_fails_on_one_rank_fails_on_all",)),
+        ("every rank decides for itself who was late",
+         'outcome = store.compare_set("outcome", "", outcome).decode()', "",
+         ("tests/test_parallel.py::test_all_ranks_get_one_answer_about_one_that_is_late",)),
     ),
     "adapters/shared_inputs.py": (
         ("a waiting output is given out for another tensor",
