@@ -32,7 +32,7 @@ class Ranks:
             pipe.close()
         self.processes = []
 
-    def run(self, call, *args, seconds=60, **kwargs):
+    def run(self, call, *args, seconds=120, **kwargs):
         """What ``call``, a function of an importable module, returns on each rank.
 
         If it raises, or does not end in time, the processes are ended and the test fails.
@@ -71,7 +71,7 @@ def _serve(rank, count, pipe):
     store = dist.TCPStore("127.0.0.1", port, count, rank == 0, wait_for_workers=False)
     if rank == 0:
         pipe.send(store.port)
-    limit = timedelta(seconds=30)
+    limit = timedelta(seconds=60)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=count, timeout=limit)
     while True:
         try:
