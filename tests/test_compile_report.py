@@ -25,6 +25,7 @@ def assert_clean(options, least):
     assert done.stdout.count(" ok\n") >= least
 
 
+@pytest.mark.slow
 def test_shipped_configurations_are_clean():
     assert_clean(("--terms", "full", "--ranks", "16", "--dtypes", "bf16", "--archs", "sm_90"), 9)
 

@@ -80,7 +80,7 @@ def killed_while_saving(folder, kills):
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
-@pytest.mark.parametrize("kills", [20, pytest.param(200, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("kills", [10, pytest.param(200, marks=pytest.mark.slow)])
 def test_a_save_that_is_killed_leaves_the_old_checkpoint_or_the_new_one(kills, tmp_path):
     pytest.importorskip("safetensors")
     found = in_another_process(killed_while_saving, tmp_path / "adapter", kills)

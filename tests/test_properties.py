@@ -60,13 +60,13 @@ def for_random_problems(check, profile, count, backend, **options):
     run()
 
 
-@counts(250, 24_000)
+@counts(120, 24_000)
 def test_torch_follows_the_numeric_rule(profile, count):
     """Output and gradients, whatever the call: see ``check_rule``."""
     for_random_problems(check_rule, profile, count, "torch")
 
 
-@counts(250, 8_000)
+@counts(120, 8_000)
 def test_torch_hides_and_spreads_no_infinity(profile, count):
     """What is not finite shows where it belongs: see ``check_spread``."""
     for_random_problems(check_spread, profile, count, "torch", **NOT_FINITE)

@@ -343,7 +343,7 @@ class TestOneGradientOfX:
 
     @pytest.fixture
     def models(self, triton_backend, device):
-        model = adapted("triton", kind=Projections).to(device, torch.bfloat16)
+        model = adapted("triton", kind=Projections, r=3).to(device, torch.bfloat16)
         return model, apart(model)
 
     @pytest.fixture

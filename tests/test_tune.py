@@ -97,6 +97,7 @@ if __name__ == "__main__":
 """
 
 
+@pytest.mark.slow
 def test_tiles_that_spill_are_dropped(tmp_path):
     (tmp_path / "spills.py").write_text(SPILLS)
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
