@@ -1,5 +1,8 @@
 """Where there is no GPU the Triton kernels run in Triton's interpreter, on CPU tensors."""
 
+import functools
+import importlib.util
+import inspect
 import os
 
 # The tensors are small: a second thread would cost more than it gives. For PyTorch in every thread
@@ -17,6 +20,28 @@ import pytest  # noqa: E402
 
 from pera_kernels import functional  # noqa: E402
 from pera_kernels.backends import unavailable  # noqa: E402
+
+
+@pytest.fixture(scope="session", autouse=True)
+def builtins_are_listed_once():
+    """Triton's interpreter lists the members of its language anew for every call of a helper, which
+    is a quarter of its time. Here it does so once; the rest is as it was.
+    """
+    if HAS_GPU or importlib.util.find_spec("triton") is None:
+        return
+    from triton.language.core import is_builtin
+    from triton.runtime import interpreter
+
+    @functools.cache
+    def builtins(package):
+        return [name for name, member in inspect.getmembers(package) if is_builtin(member)]
+
+    def patch_builtin(package, *rest):
+        for name in builtins(package):
+            if is_builtin(member := getattr(package, name)):
+                interpreter._patch_attr(package, name, member, *rest)
+
+    interpreter._patch_builtin = patch_builtin
 
 
 @pytest.fixture(scope="session")
