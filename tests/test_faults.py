@@ -56,17 +56,28 @@ def contents(folder):
 
 
 def killed_while_saving(folder, kills):
-    """The rank of what is there after each kill of a process that saves ranks 3 and 8 in turn."""
+    """After each kill of a process that writes one adapter over another, whether the new one is
+    there; else it is the old one.
+    """
     torch.set_num_threads(1)
     models = {r: trained(plain_model(n=64, hidden=256), r=r, seed=r) for r in (3, 8)}
     pk.save_adapter(models[3], folder)
+    began = time.perf_counter()
+    pk.save_adapter(models[8], folder)
+    a_save = time.perf_counter() - began
     chance, found = random.Random(7), []
     for _ in range(kills):
+        old, new = chance.sample((3, 8), 2)
+        told, tell = os.pipe()
         if (child := os.fork()) == 0:
-            while True:
-                for r in chance.sample((3, 8), 2):
-                    pk.save_adapter(models[r], folder)
-        time.sleep(chance.uniform(0.0, 0.1))
+            pk.save_adapter(models[old], folder)
+            os.write(tell, b".")
+            pk.save_adapter(models[new], folder)
+            signal.pause()
+        os.close(tell)
+        assert os.read(told, 1) == b"."
+        os.close(told)
+        time.sleep(chance.uniform(0.0, 1.5 * a_save))
         os.kill(child, signal.SIGKILL)
         os.waitpid(child, 0)
         read = quietly_read(folder)
@@ -75,16 +86,16 @@ def killed_while_saving(folder, kills):
         own = {f"{n}.{part}": t for n, parts in read.tensors.items() for part, t in parts.items()}
         assert own.keys() == expected.keys()
         assert all(torch.equal(own[name], t) for name, t in expected.items())
-        found.append(r)
+        found.append(r == new)
     return found
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
-@pytest.mark.parametrize("kills", [10, pytest.param(200, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("kills", [60, pytest.param(200, marks=pytest.mark.slow)])
 def test_a_save_that_is_killed_leaves_the_old_checkpoint_or_the_new_one(kills, tmp_path):
     pytest.importorskip("safetensors")
     found = in_another_process(killed_while_saving, tmp_path / "adapter", kills)
-    assert len(found) == kills and set(found) == {3, 8}
+    assert len(found) == kills
 
 
 def saved_without_room(folder):
