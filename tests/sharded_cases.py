@@ -33,10 +33,7 @@ from tests.parallel_cases import (
     whole,
     wrapped,
 )
-from tests.tensor_parallel_cases import (
-    plan,
-    tensor_parallel,
-)
+from tests.tensor_parallel_cases import plan, tensor_parallel
 
 
 def sharded(how, **options):

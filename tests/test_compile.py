@@ -75,7 +75,7 @@ def test_dynamic_number_of_tokens(backend, device):
 
 
 @pytest.mark.parametrize("terms", ["full", "square", "cross"])
-@pytest.mark.parametrize("r", [1, 4, 17])
+@pytest.mark.parametrize("r", [1, pytest.param(3, marks=pytest.mark.slow), 4, 17])
 def test_gradients_of_every_rank(r, terms, device):
     """A compiled gradient sums over the pairs in its own way: of even ranks and of odd ones."""
     torch._dynamo.reset()
